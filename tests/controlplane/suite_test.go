@@ -1,9 +1,6 @@
 package main
 
-// The suite and its runner are built from this module too; importing them here
-// keeps what they need in go.mod and go.sum.
-import (
-	_ "github.com/onsi/ginkgo/v2/ginkgo"
-	_ "k8s.io/kubernetes/test/e2e"
-	_ "k8s.io/kubernetes/test/images/agnhost"
-)
+// The upstream suite is compiled from this module (`go test -c
+// k8s.io/kubernetes/test/e2e`); importing it here keeps what it needs in go.mod
+// and go.sum. The suite's runner and agnhost are `tool` lines in go.mod.
+import _ "k8s.io/kubernetes/test/e2e"
