@@ -1,1 +1,18 @@
-//! (being written)
+//! The node agent: turns the pods the apiserver binds to this node into running containers.
+//!
+//! ```text
+//!  apiserver watch --> source --DesiredPod--> pod::manager --> pod::worker  (one task per UID)
+//!                                                 | pod::plan(desired, observed, now), pure
+//!                                                 v pod::execute
+//!          images, volumes, launch ----> RuntimeService (runtime::Engine) <---- probes
+//!                                                 | runtime events
+//!  observe ------- wakes the worker of the pod <--+
+//!  worker --> status::derive (pure) --> status::publish --> apiserver
+//!  HTTPS server: reads pod::index and calls RuntimeService
+//! ```
+//!
+//! Forbidden: any writer of pod status but [`status`], any writer of the Node but `node`,
+//! IO or clocks in `pod::plan` and `status::derive`, top-level tasks started outside `agent`.
+
+pub mod events;
+pub mod pod;

@@ -1,0 +1,147 @@
+//! What the node runs now, for readers: the HTTPS server, probes, node status.
+//!
+//! Only the pod workers write; everybody else reads snapshots. No channel, no task, no IO.
+
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use runtime::service::ContainerId;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// The instances of one container by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ContainerRefs {
+    /// The newest instance, running or not.
+    pub current: Option<ContainerId>,
+    /// The instance before it, as long as it is kept.
+    pub previous: Option<ContainerId>,
+}
+
+/// One pod as the node sees it.
+#[derive(Debug, Clone)]
+pub struct PodEntry {
+    /// The newest desired object.
+    pub pod: Arc<Pod>,
+    /// The newest status derived on this node (it may not have reached the apiserver yet).
+    pub status: Arc<PodStatus>,
+    /// Init, main and ephemeral containers by name.
+    pub containers: BTreeMap<String, ContainerRefs>,
+}
+
+impl PodEntry {
+    /// The pod's UID, empty when it has none.
+    pub fn uid(&self) -> &str {
+        self.pod.metadata.uid.as_deref().unwrap_or_default()
+    }
+
+    /// The pod with the node's own status in it: what the `/pods` endpoint shows.
+    pub fn pod_with_status(&self) -> Pod {
+        Pod {
+            metadata: self.pod.metadata.clone(),
+            spec: self.pod.spec.clone(),
+            status: Some((*self.status).clone()),
+        }
+    }
+}
+
+/// All pods of the node. Cheap to clone; clones see the same pods.
+#[derive(Debug, Clone, Default)]
+pub struct PodIndex {
+    inner: Arc<RwLock<HashMap<String, Arc<PodEntry>>>>,
+}
+
+impl PodIndex {
+    /// An empty index.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A pod by namespace and name. When an old pod of that name still terminates beside its
+    /// successor, the one that is not being deleted wins.
+    pub fn get(&self, namespace: &str, name: &str) -> Option<Arc<PodEntry>> {
+        let pods = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        pods.values()
+            .filter(|e| {
+                e.pod.metadata.namespace.as_deref() == Some(namespace)
+                    && e.pod.metadata.name.as_deref() == Some(name)
+            })
+            .min_by_key(|e| e.pod.metadata.deletion_timestamp.is_some())
+            .cloned()
+    }
+
+    /// A pod by UID.
+    pub fn by_uid(&self, uid: &str) -> Option<Arc<PodEntry>> {
+        self.inner
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(uid)
+            .cloned()
+    }
+
+    /// All pods, by namespace and name.
+    pub fn list(&self) -> Vec<Arc<PodEntry>> {
+        let pods = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = pods.values().cloned().collect();
+        all.sort_by(|a, b| {
+            let key = |e: &PodEntry| {
+                (
+                    e.pod.metadata.namespace.clone(),
+                    e.pod.metadata.name.clone(),
+                )
+            };
+            key(a).cmp(&key(b))
+        });
+        all
+    }
+
+    /// Puts or replaces a pod. For pod workers (and tests of readers).
+    pub fn insert(&self, entry: PodEntry) {
+        let uid = entry.uid().to_owned();
+        self.inner
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(uid, Arc::new(entry));
+    }
+
+    /// Forgets a pod.
+    pub fn remove(&self, uid: &str) {
+        self.inner
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(uid);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+
+    fn entry(uid: &str, name: &str, deleting: bool) -> PodEntry {
+        PodEntry {
+            pod: Arc::new(Pod {
+                metadata: ObjectMeta {
+                    name: Some(name.to_owned()),
+                    namespace: Some("ns".to_owned()),
+                    uid: Some(uid.to_owned()),
+                    deletion_timestamp: deleting.then(|| Time(jiff::Timestamp::UNIX_EPOCH)),
+                    ..ObjectMeta::default()
+                },
+                ..Pod::default()
+            }),
+            status: Arc::default(),
+            containers: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn a_successor_hides_its_terminating_namesake() {
+        let index = PodIndex::new();
+        index.insert(entry("old", "db-0", true));
+        index.insert(entry("new", "db-0", false));
+        assert_eq!(index.get("ns", "db-0").unwrap().uid(), "new");
+        index.remove("new");
+        assert_eq!(index.get("ns", "db-0").unwrap().uid(), "old");
+        assert_eq!(index.list().len(), 1);
+        assert!(index.by_uid("new").is_none());
+    }
+}

@@ -1,0 +1,2 @@
+//! Pods: one worker per UID turns what is desired and what is observed into actions.
+pub mod index;
