@@ -16,3 +16,4 @@
 
 pub mod events;
 pub mod pod;
+pub mod probes;

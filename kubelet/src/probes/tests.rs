@@ -1,0 +1,2 @@
+//! Probes against a runtime and servers in this process.
+use super::*;
