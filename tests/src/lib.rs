@@ -1,1 +1,15 @@
-//! (being written)
+//! The lab: a real control plane and nodes on one machine, and what the commands of `cargo xtask`
+//! and the end-to-end scenarios share.
+//!
+//! No async runtime, no Kubernetes client: the scenarios see the cluster through the real kubectl,
+//! as a user does. Nothing in here is linked into the product.
+
+pub mod artefacts;
+pub mod audit;
+pub mod cluster;
+pub mod command;
+pub mod images;
+pub mod packages;
+pub mod paths;
+pub mod process;
+pub mod progress;

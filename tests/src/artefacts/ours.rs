@@ -1,0 +1,60 @@
+//! Our own programs, built by cargo into the workspace's target directory.
+
+use crate::{command, paths};
+use anyhow::{Context, Result};
+use std::path::PathBuf;
+use std::process::Command;
+
+/// The target the small programs are built for: naming it explicitly keeps their flags away from
+/// build scripts and procedural macros.
+const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Flags that make a program static and at a fixed address: no loader, no relocations to fault in.
+const STATIC_FLAGS: &str = "-C target-feature=+crt-static -C relocation-model=static";
+
+/// Where the built programs lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Programs {
+    /// The agent.
+    pub kubelet: PathBuf,
+    /// One per pod.
+    pub pod_shim: PathBuf,
+    /// The network plugin.
+    pub cni_bridge: PathBuf,
+}
+
+/// Builds the agent with `profile` and the small programs, and says where they are.
+///
+/// # Errors
+/// When cargo fails; its own messages are on the terminal.
+pub fn build(profile: &str) -> Result<Programs> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let workspace = paths::workspace();
+    let agent = &["build", "--quiet", "--package", "kubelet", "--profile", profile];
+    command::interactive(command::command(&cargo, agent).current_dir(&workspace))
+        .context("build kubelet")?;
+    let small = [
+        "build",
+        "--quiet",
+        "--package",
+        "pod-shim",
+        "--package",
+        "cni-bridge",
+        "--profile",
+        "tiny",
+        "--target",
+        STATIC_TARGET,
+    ];
+    let mut command: Command = command::command(&cargo, &small);
+    command.current_dir(&workspace).env("RUSTFLAGS", STATIC_FLAGS);
+    command::interactive(&mut command).context("build pod-shim and cni-bridge")?;
+    let programs = Programs {
+        kubelet: paths::target().join(profile).join("kubelet"),
+        pod_shim: paths::target().join(STATIC_TARGET).join("tiny/pod-shim"),
+        cni_bridge: paths::target().join(STATIC_TARGET).join("tiny/cni-bridge"),
+    };
+    for program in [&programs.kubelet, &programs.pod_shim, &programs.cni_bridge] {
+        anyhow::ensure!(program.is_file(), "cargo built no {}", program.display());
+    }
+    Ok(programs)
+}

@@ -1,0 +1,79 @@
+//! What a node with our kubelet needs: our programs, the runtime's configuration, the network
+//! plugin and its configuration.
+
+use super::node::{self, NodeContext};
+use super::Lab;
+use crate::process::ProcessSpec;
+use anyhow::{Context, Result};
+use std::path::Path;
+
+/// Installs the programs and starts the agent, if `agent` says so.
+///
+/// # Errors
+/// When a file cannot be written or the agent not be started.
+pub fn ensure(lab: &mut Lab, node: &NodeContext, agent: bool) -> Result<()> {
+    let programs = lab.ours.clone().context("our programs were not built")?;
+    let bin = node.dir.join("bin");
+    node::install(&programs.kubelet, &bin.join("kubelet"))?;
+    node::install(&programs.pod_shim, &bin.join("pod-shim"))?;
+    node::install(&programs.cni_bridge, &node.dir.join("cni-bin/cni-bridge"))?;
+    let registry = lab.layout.registry();
+    let runtime = format!(
+        "root: /var/lib/ferrule
+runDir: /run/ferrule
+cniConfDir: /etc/cni/net.d
+cniBinDirs: [/opt/cni/bin]
+shimPath: {shim}
+registries:
+  mirrors:
+    registry.k8s.io: [\"http://{registry}\"]
+    docker.io: [\"http://{registry}\"]
+  insecure: [\"{registry}\"]
+",
+        shim = bin.join("pod-shim").display(),
+    );
+    node::write_changed(&node.dir.join("kubernetes/ferrule.yaml"), &runtime, 0o644)?;
+    if agent { start(lab, node, &bin) } else { Ok(()) }
+}
+
+fn start(lab: &mut Lab, node: &NodeContext, bin: &Path) -> Result<()> {
+    let address = lab.layout.node_address(node.number).to_string();
+    let pairs = [
+        ("config", "/etc/kubernetes/kubelet.yaml"),
+        ("kubeconfig", "/etc/kubernetes/kubelet.kubeconfig"),
+        ("root-dir", "/var/lib/kubelet"),
+        ("hostname-override", &node.name),
+        ("node-ip", &address),
+        ("cert-dir", "/var/lib/kubelet/pki"),
+        ("runtime-config", "/etc/kubernetes/ferrule.yaml"),
+    ];
+    let args = pairs.iter().map(|(name, value)| format!("--{name}={value}")).collect();
+    let mut spec = ProcessSpec::new(bin.join("kubelet"), args);
+    spec.env.push(("RUST_BACKTRACE".into(), "1".into()));
+    node::ensure_agent(lab, node, "kubelet", spec)
+}
+
+/// The network configuration, once the controller manager has given the node its pods' network.
+#[must_use]
+pub fn network_configuration(pod_network: &str) -> String {
+    format!(
+        r#"{{
+  "cniVersion": "1.1.0",
+  "name": "ferrule",
+  "plugins": [
+    {{
+      "type": "cni-bridge",
+      "bridge": "cni0",
+      "isGateway": true,
+      "ipMasq": true,
+      "hairpinMode": true,
+      "ipam": {{
+        "ranges": [[{{"subnet": "{pod_network}"}}]],
+        "routes": [{{"dst": "0.0.0.0/0"}}]
+      }}
+    }}
+  ]
+}}
+"#
+    )
+}

@@ -1,0 +1,309 @@
+//! A lab: one real control plane and nodes, several labs side by side on one machine.
+//!
+//! ```text
+//!   etcd ── kube-apiserver ── kube-controller-manager, kube-scheduler      registry
+//!                 │  10.99.<n>.1 on bridge ferrule<n>                          │
+//!   ──────────────┴─────────────┬──────────────────────────┬──────────────────┴──
+//!                         node-1 (10.99.<n>.11)      node-2 (10.99.<n>.12)
+//!                         own net, mount, UTS namespaces, cgroup /ferrule-lab/<lab>/node-1
+//! ```
+//!
+//! Everything is recorded ([`state`]) before it is made and found again by what it carries itself:
+//! processes by an environment variable and their cgroup, links by their alias, files by lying
+//! below the lab's directory. Nothing else is ever removed.
+
+pub mod cgroup;
+pub mod controlplane;
+pub mod down;
+pub mod ferrule;
+pub mod kubectl;
+pub mod layout;
+pub mod network;
+pub mod node;
+pub mod pki;
+pub mod sample;
+pub mod state;
+pub mod stock;
+
+pub use down::down;
+pub use state::NodeKind;
+
+use crate::artefacts::{self, ours};
+use crate::process::{self, ProcessSpec, until};
+use crate::progress::Step;
+use crate::{images, packages, paths};
+use anyhow::{Context, Result, bail};
+use kubectl::Kubectl;
+use layout::{Layout, MAX_NODES};
+use network::Site;
+use state::{LabState, ProcessRecord};
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The lab that commands mean when none is named.
+pub const DEFAULT_LAB: &str = "default";
+
+/// A replaced process gets this long to end by itself.
+const STOP_GRACE: Duration = Duration::from_secs(3);
+
+/// Longest wait for a node to become Ready.
+const READY_LIMIT: Duration = Duration::from_secs(120);
+
+/// What `up` shall bring up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpOptions {
+    /// The lab's name.
+    pub lab: String,
+    /// Number of nodes; `None` keeps what is there, or makes one.
+    pub nodes: Option<usize>,
+    /// What new nodes run.
+    pub kind: NodeKind,
+    /// Missing Debian packages may be installed.
+    pub may_install: bool,
+    /// Start the nodes' agents. Without them the nodes are prepared, but whoever wants to look at an
+    /// agent closely starts it by hand.
+    pub agents: bool,
+    /// Start the sample.
+    pub sample: bool,
+    /// Cargo profile the agent is built with.
+    pub profile: String,
+}
+
+/// A lab that is being worked on; holds its lock.
+#[derive(Debug)]
+pub struct Lab {
+    /// Addresses and file names.
+    pub layout: Layout,
+    /// The record.
+    pub state: LabState,
+    /// Directory of the control plane's programs.
+    pub programs: PathBuf,
+    /// Our programs, when they were built.
+    pub ours: Option<ours::Programs>,
+    /// Directory of the stock node's programs, when they were built.
+    pub peers: Option<PathBuf>,
+    /// kubectl as administrator.
+    pub kubectl: Kubectl,
+    _lock: LabLock,
+}
+
+/// Held while a lab is changed.
+#[derive(Debug)]
+pub struct LabLock {
+    _file: File,
+}
+
+impl LabLock {
+    /// Waits for whoever changes the lab now.
+    ///
+    /// # Errors
+    /// When the lock file cannot be made; mostly a lack of rights.
+    pub fn take(lab: &str) -> Result<Self> {
+        let labs = paths::labs();
+        fs::create_dir_all(&labs)
+            .with_context(|| format!("create {} (labs need root)", labs.display()))?;
+        let path = Self::path(lab);
+        let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+        file.lock().with_context(|| format!("lock {}", path.display()))?;
+        Ok(Self { _file: file })
+    }
+
+    /// The lock's file.
+    #[must_use]
+    pub fn path(lab: &str) -> PathBuf {
+        paths::labs().join(format!(".{lab}.lock"))
+    }
+}
+
+impl Lab {
+    /// Opens the lab `name`, recording a new one when there is none.
+    ///
+    /// # Errors
+    /// When its record or the control plane's programs cannot be had.
+    pub fn open_or_new(name: &str) -> Result<Self> {
+        let programs = artefacts::go::kubernetes()?;
+        let lock = LabLock::take(name)?;
+        let state = LabState::load_or_new(&paths::labs(), name)?;
+        let layout = Layout::new(&paths::labs(), name, state.index)?;
+        fs::create_dir_all(layout.dir.join("logs")).context("create the lab's log directory")?;
+        let kubectl = Kubectl::new(&programs, layout.admin_kubeconfig());
+        Ok(Self { layout, state, programs, ours: None, peers: None, kubectl, _lock: lock })
+    }
+
+    /// Writes the record.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn save(&self) -> Result<()> {
+        self.state.save(&paths::labs())
+    }
+
+    /// Starts a process unless the very same already runs; one that was started with other
+    /// arguments or from another file is replaced.
+    ///
+    /// # Errors
+    /// When the old one does not end or the new one cannot be started.
+    pub fn ensure_process(&mut self, name: &str, spec: &ProcessSpec) -> Result<()> {
+        let fingerprint = spec.fingerprint();
+        if let Some(record) = self.state.processes.get(name)
+            && let Some(identity) = record.identity.filter(|identity| identity.is_alive())
+        {
+            if record.fingerprint == fingerprint {
+                return Ok(());
+            }
+            process::stop(identity, STOP_GRACE)?;
+        }
+        let record = ProcessRecord { fingerprint, identity: None };
+        self.state.processes.insert(name.to_owned(), record);
+        self.save()?;
+        let owner = match name.split_once('/') {
+            Some((node, _)) => node::owner(&self.layout, node),
+            None => self.layout.name.clone(),
+        };
+        self.kill_unrecorded(&owner, spec)?;
+        let log = self.layout.log(&name.replace('/', "-"));
+        let identity = process::spawn_detached(spec, &owner, &log)?;
+        if let Some(record) = self.state.processes.get_mut(name) {
+            record.identity = Some(identity);
+        }
+        self.save()
+    }
+
+    /// A starter that was killed between start and record leaves a process that holds the port.
+    fn kill_unrecorded(&self, owner: &str, spec: &ProcessSpec) -> Result<()> {
+        let recorded: Vec<_> =
+            self.state.processes.values().filter_map(|record| record.identity).collect();
+        for (process, name) in process::owned() {
+            let command = fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
+            let same = command.starts_with(spec.program.as_os_str().as_encoded_bytes());
+            if name == owner && same && !recorded.contains(&process) {
+                process::kill(process, STOP_GRACE)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// When the process is not running any more; the message carries the end of its log.
+    pub fn require_alive(&self, name: &str) -> Result<()> {
+        let record = self.state.processes.get(name);
+        if record.and_then(|record| record.identity).is_some_and(process::ProcessIdentity::is_alive) {
+            return Ok(());
+        }
+        let log = self.layout.log(&name.replace('/', "-"));
+        let text = fs::read_to_string(&log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        let tail = lines[lines.len().saturating_sub(15)..].join("\n");
+        bail!("{name} is not running; the end of {}:\n{tail}", log.display())
+    }
+
+    /// The nodes that have a place in the network.
+    fn sites(&self) -> Vec<Site> {
+        let nodes = self.state.nodes.values();
+        nodes
+            .filter_map(|node| {
+                Some(Site {
+                    holder: node.holder?.pid,
+                    address: self.layout.node_address(node.number),
+                    pod_network: node.pod_network.clone()?,
+                })
+            })
+            .collect()
+    }
+}
+
+/// Brings a lab up, or completes one that is; doing it twice is harmless.
+///
+/// # Errors
+/// When a step fails; `down` removes whatever was made.
+pub fn up(options: &UpOptions) -> Result<Lab> {
+    anyhow::ensure!(rustix::process::geteuid().is_root(), "a lab needs root: namespaces, cgroups");
+    packages::ensure(packages::CONTROL_PLANE, options.may_install)?;
+    let mut lab = Lab::open_or_new(&options.lab)?;
+    let nodes = options.nodes.unwrap_or_else(|| lab.state.nodes.len().max(1));
+    anyhow::ensure!(nodes <= MAX_NODES, "{nodes} nodes are more than {MAX_NODES}");
+    if nodes > 0 {
+        build_programs(&mut lab, options)?;
+    }
+    network::ensure_bridge(&lab.layout)?;
+    let authorities = pki::ensure_control_plane(&lab.layout)?;
+    controlplane::ensure(&mut lab)?;
+    if nodes == 0 {
+        return Ok(lab);
+    }
+    let step = Step::begin("test images");
+    images::ensure_pushed(&lab.layout.registry(), &paths::cache()?)?;
+    step.done(&lab.layout.registry());
+    let step = Step::begin(format!("{nodes} {}", if nodes == 1 { "node" } else { "nodes" }));
+    for number in 1..=nodes {
+        let recorded = lab.state.nodes.get(&Layout::node_name(number)).map(|node| node.kind);
+        let kind = recorded.unwrap_or(options.kind);
+        node::ensure(&mut lab, &authorities, number, kind, options.agents)?;
+    }
+    if !options.agents {
+        step.done("prepared, no agent started");
+        return Ok(lab);
+    }
+    for number in 1..=nodes {
+        join_network(&mut lab, &Layout::node_name(number))?;
+    }
+    network::ensure_routes(&lab.layout, &lab.sites())?;
+    for number in 1..=nodes {
+        wait_node_ready(&lab, &Layout::node_name(number))?;
+    }
+    step.done("Ready");
+    if options.sample {
+        sample::ensure(&lab)?;
+    }
+    Ok(lab)
+}
+
+fn build_programs(lab: &mut Lab, options: &UpOptions) -> Result<()> {
+    packages::ensure(packages::NODES, options.may_install)?;
+    let stock = options.kind == NodeKind::Stock
+        || lab.state.nodes.values().any(|node| node.kind == NodeKind::Stock);
+    let ferrule = options.kind == NodeKind::Ferrule
+        || lab.state.nodes.values().any(|node| node.kind == NodeKind::Ferrule);
+    if stock {
+        packages::ensure(packages::STOCK, options.may_install)?;
+        lab.peers = Some(artefacts::go::stock_peers()?);
+    }
+    if ferrule {
+        let step = Step::begin(format!("build kubelet ({}), pod-shim, cni-bridge", options.profile));
+        lab.ours = Some(ours::build(&options.profile)?);
+        step.done("");
+    }
+    Ok(())
+}
+
+/// Writes the node's network configuration once the controller manager has given it its pods'
+/// network, as an installed network add-on would.
+fn join_network(lab: &mut Lab, name: &str) -> Result<()> {
+    let process = format!("{name}/kubelet");
+    let node = format!("node/{name}");
+    let pod_network = until("the node to register", READY_LIMIT, || lab.require_alive(&process), || {
+        lab.kubectl.run(&["wait", "--for=create", &node, "--timeout=5s"])?;
+        let wait = ["wait", "--for=jsonpath={.spec.podCIDR}", &node, "--timeout=5s"];
+        lab.kubectl.run(&wait)?;
+        lab.kubectl.run(&["get", &node, "--output=jsonpath={.spec.podCIDR}"])
+    })?;
+    let Some(record) = lab.state.nodes.get_mut(name) else { return Ok(()) };
+    record.pod_network = Some(pod_network.clone());
+    let configuration = match record.kind {
+        NodeKind::Ferrule => ferrule::network_configuration(&pod_network),
+        NodeKind::Stock => stock::network_configuration(&pod_network),
+    };
+    lab.save()?;
+    let file = lab.layout.node_dir(name).join("cni-conf/10-ferrule.conflist");
+    node::write_changed(&file, &configuration, 0o644)
+}
+
+fn wait_node_ready(lab: &Lab, name: &str) -> Result<()> {
+    let process = format!("{name}/kubelet");
+    until(&format!("{name} to become Ready"), READY_LIMIT, || lab.require_alive(&process), || {
+        let node = format!("node/{name}");
+        lab.kubectl.run(&["wait", "--for=condition=Ready", &node, "--timeout=5s"])
+    })?;
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! The lab's bridge, a veth per node and the routes between the nodes' pod networks. Every link
+//! carries the lab's name as its alias, which is what proves that it is ours to remove.
+
+use super::layout::Layout;
+use crate::command::{command, stdout};
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+/// Begins the alias of every link of a lab.
+pub const ALIAS_PREFIX: &str = "ferrule-lab:";
+
+fn ip(args: &[&str]) -> Result<String> {
+    stdout(&mut command("ip", args))
+}
+
+fn ip_in(holder: i32, args: &[&str]) -> Result<String> {
+    let target = holder.to_string();
+    let mut nsenter = command("nsenter", &["--target", &target, "--net", "--", "ip"]);
+    stdout(nsenter.args(args))
+}
+
+fn alias(layout: &Layout) -> String {
+    format!("{ALIAS_PREFIX}{}", layout.name)
+}
+
+/// Whose lab a link of our own network namespace belongs to; `None` when it is nobody's.
+#[must_use]
+pub fn owner_of(link: &str) -> Option<String> {
+    let alias = fs::read_to_string(format!("/sys/class/net/{link}/ifalias")).ok()?;
+    alias.trim().strip_prefix(ALIAS_PREFIX).map(str::to_owned)
+}
+
+/// Links of our own network namespace that belong to some lab, with the lab's name.
+#[must_use]
+pub fn lab_links() -> Vec<(String, String)> {
+    let Ok(entries) = fs::read_dir("/sys/class/net") else { return Vec::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter_map(|link| owner_of(&link).map(|lab| (link, lab)))
+        .collect()
+}
+
+fn exists(link: &str) -> bool {
+    Path::new("/sys/class/net").join(link).exists()
+}
+
+/// Marks a link as the lab's. Refuses to touch one of the same name that another lab made; one
+/// without a mark was made by an `up` that was killed right after.
+fn claim(layout: &Layout, link: &str) -> Result<()> {
+    match owner_of(link) {
+        Some(lab) if lab == layout.name => Ok(()),
+        Some(lab) => bail!("link {link} belongs to lab {lab}, not to lab {}", layout.name),
+        None => ip(&["link", "set", "dev", link, "alias", &alias(layout)]).map(drop),
+    }
+}
+
+/// Makes the bridge with the control plane's address.
+///
+/// # Errors
+/// When a link of that name is somebody else's or the kernel refuses.
+pub fn ensure_bridge(layout: &Layout) -> Result<()> {
+    let bridge = layout.bridge();
+    if !exists(&bridge) {
+        ip(&["link", "add", "name", &bridge, "type", "bridge"])?;
+    }
+    claim(layout, &bridge)?;
+    let address = format!("{}/24", layout.control_address());
+    ip(&["address", "replace", &address, "dev", &bridge])?;
+    ip(&["link", "set", "dev", &bridge, "up"])?;
+    Ok(())
+}
+
+/// Joins a node's network namespace to the bridge.
+///
+/// # Errors
+/// When a link of that name is somebody else's or the kernel refuses.
+pub fn ensure_node(layout: &Layout, number: usize, holder: i32) -> Result<()> {
+    let veth = layout.veth(number);
+    if !exists(&veth) {
+        let pid = holder.to_string();
+        let peer = ["type", "veth", "peer", "name", "eth0", "netns", &pid];
+        let mut args = vec!["link", "add", "name", &veth];
+        args.extend(peer);
+        ip(&args)?;
+    }
+    claim(layout, &veth)?;
+    ip(&["link", "set", "dev", &veth, "master", &layout.bridge(), "up"])?;
+    let address = format!("{}/24", layout.node_address(number));
+    ip_in(holder, &["address", "replace", &address, "dev", "eth0"])?;
+    ip_in(holder, &["link", "set", "dev", "lo", "up"])?;
+    ip_in(holder, &["link", "set", "dev", "eth0", "up"])?;
+    let gateway = layout.control_address().to_string();
+    ip_in(holder, &["route", "replace", "default", "via", &gateway])?;
+    Ok(())
+}
+
+/// A node's place in the network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Site {
+    /// The process that holds its namespaces.
+    pub holder: i32,
+    /// Its address on the bridge.
+    pub address: Ipv4Addr,
+    /// Its pods' network.
+    pub pod_network: String,
+}
+
+/// Makes every node's pods reachable from every other node and from the control plane.
+///
+/// # Errors
+/// When the kernel refuses a route.
+pub fn ensure_routes(layout: &Layout, sites: &[Site]) -> Result<()> {
+    for site in sites {
+        let via = site.address.to_string();
+        let route = ["route", "replace", site.pod_network.as_str(), "via", &via];
+        let mut ours = route.to_vec();
+        let bridge = layout.bridge();
+        ours.extend(["dev", bridge.as_str()]);
+        ip(&ours)?;
+        for other in sites.iter().filter(|other| *other != site) {
+            ip_in(other.holder, &route)
+                .with_context(|| format!("route from {} to {via}", other.address))?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes every link of the lab; "already gone" is success.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn remove(layout: &Layout) -> Result<()> {
+    let mut links: Vec<String> =
+        lab_links().into_iter().filter(|(_, lab)| *lab == layout.name).map(|(link, _)| link).collect();
+    // The bridge last, so that an interrupted removal is still recognised as a lab.
+    links.sort_by_key(|link| *link == layout.bridge());
+    for link in links {
+        if let Err(error) = ip(&["link", "delete", "dev", &link])
+            && exists(&link)
+        {
+            return Err(error);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,195 @@
+//! The commands, their arguments and their help.
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::os::unix::process::CommandExt;
+use std::process::ExitCode;
+use testkit::cluster::kubectl::Kubectl;
+use testkit::cluster::layout::Layout;
+use testkit::cluster::state::{LabState, lab_names};
+use testkit::cluster::{self, DEFAULT_LAB, NodeKind, UpOptions};
+use testkit::{artefacts, audit, paths};
+
+/// Build, run and test Ferrule on this machine.
+///
+/// Start with `cargo xtask up`: it brings up a real Kubernetes control plane and one node, runs a
+/// sample on it and prints what to type next. `cargo xtask down` removes all of it again.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Bring up a control plane, nodes and a sample; complete what is already up
+    Up(Up),
+    /// Remove a lab: its processes, links, cgroups and directories
+    Down(Down),
+    /// Run the real kubectl on a lab, as its administrator
+    Kubectl(KubectlArgs),
+    /// Run a command (or a shell) inside a node's namespaces
+    Enter(Enter),
+    /// List what labs left behind; exit code 1 when there is anything
+    Audit(Audit),
+}
+
+/// Which lab a command is about.
+#[derive(Debug, Args)]
+pub(crate) struct LabName {
+    /// Name of the lab; several can be up side by side
+    #[arg(long, default_value = DEFAULT_LAB, env = "FERRULE_LAB")]
+    lab: String,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Kind {
+    /// Our kubelet with its own runtime
+    Ferrule,
+    /// The stock kubelet with containerd and runc
+    Stock,
+}
+
+impl From<Kind> for NodeKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Ferrule => NodeKind::Ferrule,
+            Kind::Stock => NodeKind::Stock,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Up {
+    #[command(flatten)]
+    lab: LabName,
+    /// Number of nodes; 0 brings up the control plane only [default: as many as there are, or 1]
+    #[arg(long, value_name = "N")]
+    nodes: Option<usize>,
+    /// What new nodes run
+    #[arg(long, value_enum, default_value = "ferrule")]
+    kind: Kind,
+    /// Fail instead of installing Debian packages that are missing
+    #[arg(long)]
+    no_install: bool,
+    /// Prepare the nodes, but do not start their kubelets
+    #[arg(long)]
+    no_agent: bool,
+    /// Leave the sample out
+    #[arg(long)]
+    no_sample: bool,
+    /// Cargo profile the kubelet is built with
+    #[arg(long, default_value = "lab")]
+    profile: String,
+}
+
+impl Up {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let lab = cluster::up(&UpOptions {
+            lab: self.lab.lab,
+            nodes: self.nodes,
+            kind: self.kind.into(),
+            may_install: !self.no_install,
+            agents: !self.no_agent,
+            sample: !self.no_sample,
+            profile: self.profile,
+        })?;
+        println!("\n{}", cluster::sample::summary(&lab)?);
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Down {
+    #[command(flatten)]
+    lab: LabName,
+    /// Every lab of this machine
+    #[arg(long, conflicts_with = "lab")]
+    all: bool,
+}
+
+impl Down {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let names = if self.all { lab_names(&paths::labs())? } else { vec![self.lab.lab] };
+        for name in names {
+            cluster::down(&name)?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KubectlArgs {
+    #[command(flatten)]
+    lab: LabName,
+    /// Arguments of kubectl
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+}
+
+impl KubectlArgs {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let name = &self.lab.lab;
+        let state = LabState::load(&paths::labs(), name)?
+            .with_context(|| format!("lab {name} is not up; run `cargo xtask up --lab {name}`"))?;
+        let layout = Layout::new(&paths::labs(), name, state.index)?;
+        let kubectl = Kubectl::new(&artefacts::go::kubernetes()?, layout.admin_kubeconfig());
+        let args: Vec<&str> = self.args.iter().map(String::as_str).collect();
+        // Becomes kubectl: signals, terminal and exit code are its own.
+        Err(kubectl.command(&args).exec()).context("run kubectl")
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Enter {
+    #[command(flatten)]
+    lab: LabName,
+    /// The node
+    #[arg(long, default_value = "node-1")]
+    node: String,
+    /// What to run there [default: a shell]
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+}
+
+impl Enter {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let state = LabState::load(&paths::labs(), &self.lab.lab)?
+            .with_context(|| format!("lab {} is not up", self.lab.lab))?;
+        let node = state.nodes.get(&self.node);
+        let holder = node
+            .and_then(|node| node.holder)
+            .filter(|holder| holder.is_alive())
+            .with_context(|| format!("lab {} has no node {} up", self.lab.lab, self.node))?;
+        let args = if self.args.is_empty() { vec!["bash".to_owned()] } else { self.args };
+        Err(cluster::node::enter(holder.pid, &args).exec()).context("run nsenter")
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// One line per finding
+    Text,
+    /// One array
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Audit {
+    /// Form of the answer
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: Output,
+}
+
+impl Audit {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let findings = audit::audit()?;
+        match self.output {
+            Output::Json => println!("{}", serde_json::to_string_pretty(&findings)?),
+            Output::Text if findings.is_empty() => println!("nothing is left"),
+            Output::Text => print!("{}", audit::render(&findings)),
+        }
+        Ok(if findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
