@@ -17,3 +17,4 @@
 pub mod events;
 pub mod pod;
 pub mod probes;
+pub mod quantity;
