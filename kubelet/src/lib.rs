@@ -15,6 +15,8 @@
 //! IO or clocks in `pod::plan` and `status::derive`, top-level tasks started outside `agent`.
 
 pub mod events;
+pub mod observe;
 pub mod pod;
+pub mod status;
 pub mod probes;
 pub mod quantity;

@@ -1,0 +1,196 @@
+//! What to do next about one pod. Pure: no clock, no IO, no channel; the same input gives the
+//! same plan.
+//!
+//! [`plan`] is asked again after anything changed. It looks at all there is, never at what just
+//! happened, so a lost or repeated event does no harm. Actions already in flight are in
+//! [`Steps`] and are not asked for twice.
+
+mod end;
+mod keep;
+mod sync;
+#[cfg(test)]
+mod tests;
+
+use crate::observe::PodObservation;
+use crate::pod::spec;
+use crate::pod::state::{Cause, CrashBackoff, Health, Lifecycle, Steps, Terminating};
+use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use runtime::service::{ContainerId, SandboxId};
+use std::collections::BTreeMap;
+
+/// All a plan depends on.
+#[derive(Debug, Clone, Copy)]
+pub struct PlanInput<'a> {
+    /// Newest desired object.
+    pub pod: &'a Pod,
+    /// The apiserver no longer has the pod (or never had it).
+    pub gone: bool,
+    /// State so far.
+    pub lifecycle: &'a Lifecycle,
+    /// What the runtime holds.
+    pub observed: &'a PodObservation,
+    /// Steps under way.
+    pub steps: &'a Steps,
+    /// Probe results.
+    pub health: &'a Health,
+    /// Restart back-off by container name.
+    pub backoffs: &'a BTreeMap<String, CrashBackoff>,
+    /// When this node first took the pod up, nanoseconds since the epoch.
+    pub start_time_ns: i64,
+    /// Now, nanoseconds since the epoch.
+    pub now_ns: i64,
+}
+
+impl<'a> PlanInput<'a> {
+    /// The pod's spec; an orphan has an empty one.
+    fn spec(&self) -> Option<&'a PodSpec> {
+        self.pod.spec.as_ref()
+    }
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PodPlan {
+    /// State from now on.
+    pub lifecycle: Lifecycle,
+    /// Actions to start now, side by side.
+    pub actions: Vec<Action>,
+    /// Why containers without a process wait, by container name.
+    pub waiting: BTreeMap<String, Waiting>,
+    /// Look again at this time even if nothing happens, nanoseconds since the epoch.
+    pub wake_at_ns: Option<i64>,
+}
+
+impl PodPlan {
+    /// Brings the next look forward.
+    fn wake_at(&mut self, at_ns: Option<i64>) {
+        self.wake_at_ns = match (self.wake_at_ns, at_ns) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+    }
+}
+
+/// Words of a waiting container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
+    /// `CrashLoopBackOff` and the like.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+}
+
+/// Why a container is killed while its pod goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KillReason {
+    /// Its pod ends.
+    PodEnds,
+    /// Its liveness probe failed.
+    Liveness,
+    /// Its startup probe failed.
+    Startup,
+    /// Its image changed in the spec.
+    SpecChanged,
+}
+
+/// One thing to do. Each is idempotent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Set up volumes.
+    PrepareVolumes,
+    /// Make the cgroup and the sandbox.
+    RunSandbox {
+        /// Sandboxes before it.
+        attempt: u32,
+    },
+    /// End a sandbox and give its network back.
+    StopSandbox(SandboxId),
+    /// Forget a sandbox and its containers.
+    RemoveSandbox(SandboxId),
+    /// Have the image of a container.
+    EnsureImage {
+        /// Container name.
+        container: String,
+    },
+    /// Create and start an instance.
+    StartContainer {
+        /// Container name.
+        container: String,
+        /// Sandbox to put it in.
+        sandbox: SandboxId,
+        /// Instances before it.
+        attempt: u32,
+        /// A half-made instance to remove first.
+        replaces: Option<ContainerId>,
+        /// When the instance before ended, if there was one: counts for the back-off.
+        predecessor_finished_ns: Option<i64>,
+    },
+    /// Stop an instance.
+    KillContainer {
+        /// Instance.
+        id: ContainerId,
+        /// Container name.
+        container: String,
+        /// Seconds between the stop signal and SIGKILL.
+        grace_s: u64,
+        /// Why.
+        reason: KillReason,
+    },
+    /// Forget a dead instance.
+    RemoveContainer(ContainerId),
+    /// Give volumes and the pod cgroup back.
+    Teardown,
+    /// Remove the pod's directories and logs.
+    Purge,
+    /// Report for the last time and confirm the deletion at the apiserver.
+    Farewell,
+}
+
+/// Decides.
+pub fn plan(input: &PlanInput<'_>) -> PodPlan {
+    let lifecycle = advance(input);
+    match &lifecycle {
+        Lifecycle::Syncing => sync::plan(input),
+        Lifecycle::Terminating(ending) => end::plan(input, ending),
+        Lifecycle::Terminated(cause) => end::plan_removal(input, cause),
+        Lifecycle::Finished => PodPlan { lifecycle, ..PodPlan::default() },
+    }
+}
+
+/// Steps from running to ending, and ratchets an ending. Nothing leads back.
+fn advance(input: &PlanInput<'_>) -> Lifecycle {
+    let deletion = spec::deletion_grace_seconds(input.pod)
+        .or_else(|| input.gone.then(|| spec::grace_seconds(input.pod)));
+    match input.lifecycle {
+        Lifecycle::Syncing => {
+            if let Some(grace_s) = deletion {
+                Lifecycle::Terminating(Terminating { cause: Cause::Deleted, grace_s })
+            } else if let Some(cause) = overdue(input).or_else(|| sync::verdict(input)) {
+                let grace_s = spec::grace_seconds(input.pod);
+                Lifecycle::Terminating(Terminating { cause, grace_s })
+            } else {
+                Lifecycle::Syncing
+            }
+        }
+        Lifecycle::Terminating(ending) => Lifecycle::Terminating(Terminating {
+            cause: ending.cause.clone(),
+            grace_s: deletion.map_or(ending.grace_s, |d| d.min(ending.grace_s)),
+        }),
+        Lifecycle::Terminated(cause) => Lifecycle::Terminated(cause.clone()),
+        Lifecycle::Finished => Lifecycle::Finished,
+    }
+}
+
+/// When `activeDeadlineSeconds` runs out, nanoseconds since the epoch.
+fn deadline_ns(input: &PlanInput<'_>) -> Option<i64> {
+    let seconds = input.spec()?.active_deadline_seconds?;
+    Some(input.start_time_ns.saturating_add(seconds.saturating_mul(1_000_000_000)))
+}
+
+/// The cause of death of a pod past its deadline.
+fn overdue(input: &PlanInput<'_>) -> Option<Cause> {
+    (deadline_ns(input)? <= input.now_ns).then(|| Cause::Failed {
+        reason: "DeadlineExceeded".to_owned(),
+        message: "Pod was active on the node longer than the specified deadline".to_owned(),
+    })
+}

@@ -1,0 +1,335 @@
+//! A pod that shall run: which containers start, wait, or are replaced.
+
+use super::{Action, KillReason, PlanInput, PodPlan, Waiting};
+use crate::observe;
+use crate::pod::spec::{self, ContainerKind, ContainerRef};
+use crate::pod::state::{Cause, CrashBackoff, Lifecycle, Step, UnhealthyKind};
+use k8s_openapi::api::core::v1::PodSpec;
+use runtime::service::{ContainerState, ContainerStatus, SandboxState, SandboxStatus};
+
+/// The annotation that keeps [`spec::spec_hash`] on an instance.
+pub const HASH_ANNOTATION: &str = "io.kubernetes.container.hash";
+
+/// A container that shall get a new instance.
+struct Wanted<'a> {
+    container: ContainerRef<'a>,
+    attempt: u32,
+    replaces: Option<&'a ContainerStatus>,
+    finished_ns: Option<i64>,
+}
+
+/// Why a pod is over by itself: a failed init container, or main containers that all ended and
+/// will not run again.
+pub(super) fn verdict(input: &PlanInput<'_>) -> Option<Cause> {
+    let spec = input.spec()?;
+    if input.steps.starts.values().any(Step::is_running) {
+        return None;
+    }
+    let over = |c: ContainerRef<'_>| {
+        input
+            .observed
+            .newest(&c.spec.name)
+            .and_then(observe::exit)
+            .is_some_and(|(code, _)| !spec::should_restart(spec, c, code))
+    };
+    let failed_init = spec::containers(spec).any(|c| {
+        c.kind == ContainerKind::Init
+            && over(c)
+            && input.observed.newest(&c.spec.name).and_then(observe::exit).is_some_and(|e| e.0 != 0)
+    });
+    let mut mains = spec::containers(spec).filter(|c| c.kind == ContainerKind::Main).peekable();
+    let mains_over = mains.peek().is_some() && mains.all(over);
+    (failed_init || mains_over).then_some(Cause::Completed)
+}
+
+/// Plans a running pod.
+pub(super) fn plan(input: &PlanInput<'_>) -> PodPlan {
+    let mut plan = PodPlan { lifecycle: Lifecycle::Syncing, ..PodPlan::default() };
+    plan.wake_at(super::deadline_ns(input));
+    let Some(spec) = input.spec() else { return plan };
+    if input.steps.volumes.is_due(input.now_ns) {
+        plan.actions.push(Action::PrepareVolumes);
+    }
+    plan.wake_at(input.steps.volumes.retry_at_ns());
+    let sandbox = sandbox(input, &mut plan);
+    replace_unfit(input, spec, &mut plan);
+    let wanted = wanted(input, spec, sandbox, &mut plan);
+    prefetch(input, spec, &mut plan);
+    for want in wanted {
+        start(input, sandbox, &want, &mut plan);
+    }
+    super::keep::collect(input, &mut plan);
+    plan
+}
+
+/// The sandbox to start containers in; plans one when there is none that works.
+fn sandbox<'a>(input: &PlanInput<'a>, plan: &mut PodPlan) -> Option<&'a SandboxStatus> {
+    let newest = input.observed.newest_sandbox();
+    let attempt = match newest {
+        Some(s) if s.state == SandboxState::Ready && !input.steps.sandbox.is_running() => {
+            return Some(s);
+        }
+        Some(s) => s.config.attempt.saturating_add(1),
+        None => 0,
+    };
+    if input.steps.sandbox.is_running() {
+        return None;
+    }
+    // Addresses and host ports of a lost sandbox go back before its successor asks for them.
+    for old in &input.observed.sandboxes {
+        let stop = input.steps.sandbox_stops.get(&old.id);
+        if stop == Some(&Step::Done) {
+            continue;
+        }
+        if stop.is_none_or(|s| s.is_due(input.now_ns)) {
+            plan.actions.push(Action::StopSandbox(old.id.clone()));
+        }
+        plan.wake_at(stop.and_then(Step::retry_at_ns));
+        return None;
+    }
+    if input.steps.sandbox.is_due(input.now_ns) {
+        plan.actions.push(Action::RunSandbox { attempt });
+    }
+    plan.wake_at(input.steps.sandbox.retry_at_ns());
+    None
+}
+
+/// Kills instances that failed a probe or whose image changed.
+fn replace_unfit(input: &PlanInput<'_>, spec: &PodSpec, plan: &mut PodPlan) {
+    for container in spec::containers(spec) {
+        let Some(instance) =
+            input.observed.newest(&container.spec.name).filter(|c| observe::is_running(c))
+        else {
+            continue;
+        };
+        let probe = input.health.unhealthy.get(&instance.id);
+        let reason = match probe {
+            Some(UnhealthyKind::Liveness) => KillReason::Liveness,
+            Some(UnhealthyKind::Startup) => KillReason::Startup,
+            None if is_outdated(container, instance) => KillReason::SpecChanged,
+            None => continue,
+        };
+        let kill = input.steps.kills.get(&instance.id);
+        plan.wake_at(kill.and_then(|k| k.step.retry_at_ns()));
+        if kill.is_some_and(|k| !k.step.is_due(input.now_ns)) {
+            continue;
+        }
+        let probe_grace = match reason {
+            KillReason::Liveness => container.spec.liveness_probe.as_ref(),
+            KillReason::Startup => container.spec.startup_probe.as_ref(),
+            KillReason::SpecChanged | KillReason::PodEnds => None,
+        }
+        .and_then(|p| p.termination_grace_period_seconds)
+        .and_then(|s| u64::try_from(s).ok());
+        plan.actions.push(Action::KillContainer {
+            id: instance.id.clone(),
+            container: container.spec.name.clone(),
+            grace_s: probe_grace.unwrap_or_else(|| spec::grace_seconds(input.pod)),
+            reason,
+        });
+    }
+}
+
+/// Whether an instance was made from another image than the spec asks for now. Finished init
+/// containers do not matter.
+fn is_outdated(container: ContainerRef<'_>, instance: &ContainerStatus) -> bool {
+    let recorded = instance.config.annotations.get(HASH_ANNOTATION);
+    container.kind != ContainerKind::Init
+        && recorded.is_some_and(|hash| *hash != spec::spec_hash(container.spec))
+}
+
+/// Containers that shall get an instance now, in order. Says why the others wait.
+fn wanted<'a>(
+    input: &PlanInput<'a>,
+    spec: &'a PodSpec,
+    sandbox: Option<&SandboxStatus>,
+    plan: &mut PodPlan,
+) -> Vec<Wanted<'a>> {
+    let in_sandbox = |c: &ContainerStatus| sandbox.is_some_and(|s| s.id == c.sandbox_id);
+    let initialized = spec::containers(spec).any(|c| {
+        c.kind == ContainerKind::Main && input.observed.newest(&c.spec.name).is_some_and(in_sandbox)
+    });
+    let mut wanted = Vec::new();
+    let mut blocked = false;
+    for container in spec::containers(spec) {
+        let name = &container.spec.name;
+        let newest = input.observed.newest(name);
+        let current = newest.filter(|c| in_sandbox(c));
+        match container.kind {
+            ContainerKind::Init => {
+                let succeeded =
+                    current.and_then(observe::exit).is_some_and(|(code, _)| code == 0);
+                if initialized || blocked || succeeded {
+                    continue;
+                }
+                blocked = true;
+                wanted.extend(want(input, spec, container, current, newest, plan));
+            }
+            ContainerKind::Sidecar => {
+                if blocked && !initialized {
+                    continue;
+                }
+                let started = current.is_some_and(|c| {
+                    observe::is_running(c)
+                        && (container.spec.startup_probe.is_none()
+                            || input.health.started.get(&c.id) == Some(&true))
+                });
+                blocked |= !started && !initialized;
+                wanted.extend(want(input, spec, container, current, newest, plan));
+            }
+            ContainerKind::Main => {
+                if blocked {
+                    continue;
+                }
+                wanted.extend(want(input, spec, container, current, newest, plan));
+            }
+        }
+    }
+    wanted
+}
+
+/// Whether one container, whose turn it is, needs a new instance now.
+fn want<'a>(
+    input: &PlanInput<'a>,
+    spec: &'a PodSpec,
+    container: ContainerRef<'a>,
+    current: Option<&'a ContainerStatus>,
+    newest: Option<&'a ContainerStatus>,
+    plan: &mut PodPlan,
+) -> Option<Wanted<'a>> {
+    let name = &container.spec.name;
+    // Never two at once, not even across sandboxes.
+    if input.observed.instances(name).any(observe::is_running)
+        || input.steps.starts.get(name).is_some_and(Step::is_running)
+    {
+        return None;
+    }
+    let Some(newest) = newest else {
+        let attempt = reported_restarts(input, container);
+        return Some(Wanted { container, attempt, replaces: None, finished_ns: None });
+    };
+    match &newest.state {
+        // Its maker was killed before it started; nobody saw it run.
+        ContainerState::Created => Some(Wanted {
+            container,
+            attempt: newest.config.attempt,
+            replaces: Some(newest),
+            finished_ns: None,
+        }),
+        ContainerState::Running { .. } => None,
+        ContainerState::Exited { exit_code, finished_at_ns, .. } => {
+            // In a new sandbox init containers run again even if they succeeded before.
+            let again = container.kind == ContainerKind::Init && current.is_none();
+            if !again && !spec::should_restart(spec, container, *exit_code) {
+                return None;
+            }
+            let backoff = input.backoffs.get(name);
+            let wait = CrashBackoff::wait_until(backoff, *finished_at_ns, input.now_ns);
+            if let (Some(until_ns), Some(backoff)) = (wait, backoff) {
+                plan.wake_at(Some(until_ns));
+                let waiting = crash_loop(input, name, backoff);
+                plan.waiting.insert(name.clone(), waiting);
+                return None;
+            }
+            Some(Wanted {
+                container,
+                attempt: newest.config.attempt.saturating_add(1),
+                replaces: None,
+                finished_ns: Some(*finished_at_ns),
+            })
+        }
+    }
+}
+
+/// What users read while a container waits for its restart.
+fn crash_loop(input: &PlanInput<'_>, container: &str, backoff: &CrashBackoff) -> Waiting {
+    Waiting {
+        reason: "CrashLoopBackOff".to_owned(),
+        message: format!(
+            "back-off {} restarting failed container={container} pod={}",
+            go_duration(backoff.delay_seconds()),
+            spec::describe(input.pod)
+        ),
+    }
+}
+
+/// Seconds as Go prints a duration: `10s`, `1m20s`, `5m0s`.
+fn go_duration(seconds: i64) -> String {
+    match (seconds / 60, seconds % 60) {
+        (0, s) => format!("{s}s"),
+        (m, s) => format!("{m}m{s}s"),
+    }
+}
+
+/// The restart count to go on from when the runtime lost every instance: what the apiserver was
+/// told, plus one.
+fn reported_restarts(input: &PlanInput<'_>, container: ContainerRef<'_>) -> u32 {
+    let status = input.pod.status.as_ref();
+    let statuses = match container.kind {
+        ContainerKind::Init | ContainerKind::Sidecar => {
+            status.and_then(|s| s.init_container_statuses.as_ref())
+        }
+        ContainerKind::Main => status.and_then(|s| s.container_statuses.as_ref()),
+    };
+    statuses
+        .and_then(|all| all.iter().find(|s| s.name == container.spec.name))
+        .filter(|s| s.container_id.as_deref().is_some_and(|id| !id.is_empty()))
+        .map_or(0, |s| u32::try_from(s.restart_count).unwrap_or(0).saturating_add(1))
+}
+
+/// Images of containers that never ran are fetched beside everything else.
+fn prefetch(input: &PlanInput<'_>, spec: &PodSpec, plan: &mut PodPlan) {
+    for container in spec::containers(spec) {
+        if input.observed.newest(&container.spec.name).is_none() {
+            ensure_image(input, &container.spec.name, plan);
+        }
+    }
+}
+
+/// Plans the image of a container unless it is there or under way; whether it is there.
+fn ensure_image(input: &PlanInput<'_>, name: &str, plan: &mut PodPlan) -> bool {
+    let step = input.steps.images.get(name);
+    if let Some(failure) = step.and_then(Step::failure) {
+        plan.waiting.insert(
+            name.to_owned(),
+            Waiting { reason: failure.reason.clone(), message: failure.message.clone() },
+        );
+    }
+    plan.wake_at(step.and_then(Step::retry_at_ns));
+    let action = Action::EnsureImage { container: name.to_owned() };
+    if step.is_none_or(|s| s.is_due(input.now_ns)) && !plan.actions.contains(&action) {
+        plan.actions.push(action);
+    }
+    step == Some(&Step::Done)
+}
+
+/// Starts a wanted container once sandbox, volumes and image are there.
+fn start(
+    input: &PlanInput<'_>,
+    sandbox: Option<&SandboxStatus>,
+    want: &Wanted<'_>,
+    plan: &mut PodPlan,
+) {
+    let name = &want.container.spec.name;
+    let image = ensure_image(input, name, plan);
+    let step = input.steps.starts.get(name);
+    if let Some(failure) = step.and_then(Step::failure) {
+        plan.waiting.insert(
+            name.clone(),
+            Waiting { reason: failure.reason.clone(), message: failure.message.clone() },
+        );
+    }
+    plan.wake_at(step.and_then(Step::retry_at_ns));
+    let due = step.is_none_or(|s| *s == Step::Done || s.is_due(input.now_ns));
+    let Some(sandbox) = sandbox.filter(|_| image && due && input.steps.volumes == Step::Done)
+    else {
+        return;
+    };
+    plan.actions.push(Action::StartContainer {
+        container: name.clone(),
+        sandbox: sandbox.id.clone(),
+        attempt: want.attempt,
+        replaces: want.replaces.map(|c| c.id.clone()),
+        predecessor_finished_ns: want.finished_ns,
+    });
+}

@@ -1,0 +1,219 @@
+//! Readings of a Pod object that several modules need. Pure.
+
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use sha2::{Digest, Sha256};
+use std::fmt::Write as _;
+
+/// What kind of container it is: decides order, restart and what it counts for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ContainerKind {
+    /// Runs to its end before the next one starts.
+    Init,
+    /// An init container with `restartPolicy: Always`: starts in order, then stays.
+    Sidecar,
+    /// A main container.
+    Main,
+}
+
+/// A container of the spec with its kind.
+#[derive(Debug, Clone, Copy)]
+pub struct ContainerRef<'a> {
+    /// Kind.
+    pub kind: ContainerKind,
+    /// Its spec.
+    pub spec: &'a Container,
+}
+
+/// The pod's restart policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RestartPolicy {
+    /// Always, the default.
+    Always,
+    /// After a failure.
+    OnFailure,
+    /// Never.
+    Never,
+}
+
+impl RestartPolicy {
+    /// Reads the API's word; the apiserver's default for all others.
+    fn parse(word: Option<&str>) -> Self {
+        match word {
+            Some("OnFailure") => Self::OnFailure,
+            Some("Never") => Self::Never,
+            _ => Self::Always,
+        }
+    }
+}
+
+/// Seconds of grace when the pod says nothing (the apiserver fills it in; this is for orphans).
+pub const DEFAULT_GRACE_S: u64 = 30;
+
+/// The pod's UID.
+pub fn uid(pod: &Pod) -> &str {
+    pod.metadata.uid.as_deref().unwrap_or_default()
+}
+
+/// The pod's namespace.
+pub fn namespace(pod: &Pod) -> &str {
+    pod.metadata.namespace.as_deref().unwrap_or_default()
+}
+
+/// The pod's name.
+pub fn name(pod: &Pod) -> &str {
+    pod.metadata.name.as_deref().unwrap_or_default()
+}
+
+/// `name_namespace(uid)`, as users know it from events.
+pub fn describe(pod: &Pod) -> String {
+    format!("{}_{}({})", name(pod), namespace(pod), uid(pod))
+}
+
+/// Init containers in order, then main containers in order.
+pub fn containers(spec: &PodSpec) -> impl Iterator<Item = ContainerRef<'_>> {
+    let init = spec.init_containers.iter().flatten().map(|c| ContainerRef {
+        kind: if c.restart_policy.as_deref() == Some("Always") {
+            ContainerKind::Sidecar
+        } else {
+            ContainerKind::Init
+        },
+        spec: c,
+    });
+    init.chain(spec.containers.iter().map(|c| ContainerRef { kind: ContainerKind::Main, spec: c }))
+}
+
+/// A container by name.
+pub fn container<'a>(spec: &'a PodSpec, name: &str) -> Option<ContainerRef<'a>> {
+    containers(spec).find(|c| c.spec.name == name)
+}
+
+/// The pod's restart policy.
+pub fn restart_policy(spec: &PodSpec) -> RestartPolicy {
+    RestartPolicy::parse(spec.restart_policy.as_deref())
+}
+
+/// Whether a container that ended with `exit_code` runs again: the first matching rule of the
+/// container, else its own policy, else the pod's (KEP-5307). For an init container `Always` of
+/// the pod means "until it succeeds".
+pub fn should_restart(spec: &PodSpec, container: ContainerRef<'_>, exit_code: i32) -> bool {
+    for rule in container.spec.restart_policy_rules.iter().flatten() {
+        let Some(codes) = &rule.exit_codes else { continue };
+        let listed = codes.values.iter().flatten().any(|v| *v == exit_code);
+        let matches = match codes.operator.as_str() {
+            "In" => listed,
+            "NotIn" => !listed,
+            _ => false,
+        };
+        if matches && rule.action == "Restart" {
+            return true;
+        }
+    }
+    let policy = match &container.spec.restart_policy {
+        Some(own) => RestartPolicy::parse(Some(own)),
+        None => restart_policy(spec),
+    };
+    match (container.kind, policy) {
+        (ContainerKind::Sidecar, _) | (ContainerKind::Main, RestartPolicy::Always) => true,
+        (ContainerKind::Init, RestartPolicy::Always) | (_, RestartPolicy::OnFailure) => {
+            exit_code != 0
+        }
+        (_, RestartPolicy::Never) => false,
+    }
+}
+
+/// Names the version of a container's spec that asks for a restart when it changes: the image is
+/// the only mutable field that does. Stable over agent versions: it is kept as an annotation.
+pub fn spec_hash(container: &Container) -> String {
+    let mut hasher = Sha256::new();
+    hasher.update(container.name.as_bytes());
+    hasher.update([0]);
+    hasher.update(container.image.as_deref().unwrap_or_default().as_bytes());
+    hasher.finalize().iter().take(8).fold(String::new(), |mut hex, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    })
+}
+
+/// Grace in seconds when the pod ends for a reason of its own or of the node's.
+pub fn grace_seconds(pod: &Pod) -> u64 {
+    let spec = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
+    spec.map_or(DEFAULT_GRACE_S, |s| u64::try_from(s).unwrap_or(0))
+}
+
+/// Grace in seconds of a deletion the apiserver recorded; none when nobody deleted the pod.
+pub fn deletion_grace_seconds(pod: &Pod) -> Option<u64> {
+    pod.metadata.deletion_timestamp.as_ref()?;
+    let recorded = pod.metadata.deletion_grace_period_seconds;
+    Some(recorded.map_or_else(|| grace_seconds(pod), |s| u64::try_from(s).unwrap_or(0)))
+}
+
+/// Whether the apiserver already holds a terminal phase for the pod.
+pub fn is_terminal(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::api::core::v1::{ContainerRestartRule, ContainerRestartRuleOnExitCodes};
+
+    fn check(kind: ContainerKind, pod_policy: &str, exit: i32, expected: bool) {
+        let spec =
+            PodSpec { restart_policy: Some(pod_policy.to_owned()), ..PodSpec::default() };
+        let c = Container { name: "c".to_owned(), ..Container::default() };
+        let got = should_restart(&spec, ContainerRef { kind, spec: &c }, exit);
+        assert_eq!(got, expected, "{kind:?} {pod_policy} exit {exit}");
+    }
+
+    #[test]
+    fn restart_policies_decide_by_kind_and_exit_code() {
+        use ContainerKind::{Init, Main, Sidecar};
+        for (kind, policy, on_success, on_failure) in [
+            (Main, "Always", true, true),
+            (Main, "OnFailure", false, true),
+            (Main, "Never", false, false),
+            (Init, "Always", false, true),
+            (Init, "OnFailure", false, true),
+            (Init, "Never", false, false),
+            (Sidecar, "Never", true, true),
+        ] {
+            check(kind, policy, 0, on_success);
+            check(kind, policy, 1, on_failure);
+        }
+    }
+
+    #[test]
+    fn a_restart_rule_wins_over_the_pods_policy() {
+        let spec = PodSpec { restart_policy: Some("Never".to_owned()), ..PodSpec::default() };
+        let c = Container {
+            restart_policy: Some("Never".to_owned()),
+            restart_policy_rules: Some(vec![ContainerRestartRule {
+                action: "Restart".to_owned(),
+                exit_codes: Some(ContainerRestartRuleOnExitCodes {
+                    operator: "In".to_owned(),
+                    values: Some(vec![42]),
+                }),
+            }]),
+            ..Container::default()
+        };
+        let c = ContainerRef { kind: ContainerKind::Main, spec: &c };
+        assert!(should_restart(&spec, c, 42));
+        assert!(!should_restart(&spec, c, 1));
+    }
+
+    #[test]
+    fn the_hash_changes_with_the_image_only() {
+        let a = Container {
+            name: "a".to_owned(),
+            image: Some("x:1".to_owned()),
+            ..Container::default()
+        };
+        let tty = Container { tty: Some(true), ..a.clone() };
+        let newer = Container { image: Some("x:2".to_owned()), ..a.clone() };
+        assert_eq!(spec_hash(&a), spec_hash(&tty));
+        assert_ne!(spec_hash(&a), spec_hash(&newer));
+        assert_eq!(spec_hash(&a).len(), 16);
+    }
+}

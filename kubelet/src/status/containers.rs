@@ -1,0 +1,280 @@
+//! Container statuses from what the runtime holds. Pure.
+
+use super::derive::{DeriveInput, time};
+use crate::observe;
+use crate::pod::spec::{self, ContainerKind, ContainerRef};
+use crate::pod::state::Lifecycle;
+use k8s_openapi::api::core::v1::{
+    Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
+    ContainerStateWaiting, ContainerStatus, ContainerUser, LinuxContainerUser, PodSpec,
+    VolumeMountStatus,
+};
+use runtime::service as rt;
+
+/// Scheme of container ids in the API.
+pub(super) const ID_SCHEME: &str = "ferrule://";
+/// Exit code of a container whose end nobody saw.
+const UNKNOWN_EXIT: i32 = 137;
+
+/// Statuses of init containers (sidecars among them) in order, and of main containers by name.
+pub(super) fn statuses(
+    input: &DeriveInput<'_>,
+    spec: &PodSpec,
+) -> (Vec<ContainerStatus>, Vec<ContainerStatus>) {
+    let has_init = spec.init_containers.as_ref().is_some_and(|c| !c.is_empty());
+    let mut init = Vec::new();
+    let mut main = Vec::new();
+    for container in spec::containers(spec) {
+        let status = one(input, spec, container, has_init);
+        match container.kind {
+            ContainerKind::Init | ContainerKind::Sidecar => init.push(status),
+            ContainerKind::Main => main.push(status),
+        }
+    }
+    main.sort_by(|a, b| a.name.cmp(&b.name));
+    (init, main)
+}
+
+/// The status reported before for a container.
+fn before<'a>(input: &DeriveInput<'a>, container: ContainerRef<'_>) -> Option<&'a ContainerStatus> {
+    let list = match container.kind {
+        ContainerKind::Init | ContainerKind::Sidecar => &input.previous.init_container_statuses,
+        ContainerKind::Main => &input.previous.container_statuses,
+    };
+    list.iter().flatten().find(|s| s.name == container.spec.name)
+}
+
+/// One container.
+fn one(
+    input: &DeriveInput<'_>,
+    spec: &PodSpec,
+    container: ContainerRef<'_>,
+    has_init: bool,
+) -> ContainerStatus {
+    let name = &container.spec.name;
+    let newest = input.observed.newest(name);
+    let before = before(input, container);
+    let (state, last_state) = states(input, spec, container, newest, before, has_init);
+    let running = state.running.is_some();
+    let started = running
+        && newest.is_some_and(|c| {
+            container.spec.startup_probe.is_none() || input.health.started.get(&c.id) == Some(&true)
+        });
+    let completed_init = container.kind == ContainerKind::Init
+        && state.terminated.as_ref().is_some_and(|t| t.exit_code == 0);
+    let ready = completed_init
+        || started
+            && newest.is_some_and(|c| {
+                container.spec.readiness_probe.is_none()
+                    || input.health.ready.get(&c.id) == Some(&true)
+            });
+    let requests = container.spec.resources.as_ref().and_then(|r| r.requests.clone());
+    ContainerStatus {
+        name: name.clone(),
+        state: Some(state),
+        last_state,
+        ready,
+        started: Some(started),
+        restart_count: newest.map_or_else(
+            || before.map_or(0, |b| b.restart_count),
+            |c| i32::try_from(c.config.attempt).unwrap_or(i32::MAX),
+        ),
+        image: newest.map_or_else(
+            || container.spec.image.clone().unwrap_or_default(),
+            |c| c.config.user_image.clone(),
+        ),
+        image_id: newest.map_or_else(
+            || before.map(|b| b.image_id.clone()).unwrap_or_default(),
+            |c| c.image_ref.clone(),
+        ),
+        container_id: newest
+            .filter(|c| !matches!(c.state, rt::ContainerState::Created))
+            .map(|c| format!("{ID_SCHEME}{}", c.id))
+            .or_else(|| before.and_then(|b| b.container_id.clone())),
+        allocated_resources: requests.filter(|r| running && !r.is_empty()),
+        resources: container.spec.resources.clone().filter(|_| running),
+        volume_mounts: volume_mounts(container.spec),
+        user: newest.and_then(user),
+        ..ContainerStatus::default()
+    }
+}
+
+/// State and last state.
+fn states(
+    input: &DeriveInput<'_>,
+    spec: &PodSpec,
+    container: ContainerRef<'_>,
+    newest: Option<&rt::ContainerStatus>,
+    before: Option<&ContainerStatus>,
+    has_init: bool,
+) -> (ContainerState, Option<ContainerState>) {
+    let name = &container.spec.name;
+    let dead = input.observed.newest_dead(name);
+    let last = || dead.and_then(|c| terminated(input, c)).or_else(|| unknown_end(input, before));
+    let kept_last = || before.and_then(|b| b.last_state.clone()).filter(|s| *s != ContainerState::default());
+    let waiting = || {
+        input.waiting.get(name).map_or_else(
+            || {
+                let reason = if has_init { "PodInitializing" } else { "ContainerCreating" };
+                waiting_state(reason, None)
+            },
+            |w| waiting_state(&w.reason, Some(w.message.clone()).filter(|m| !m.is_empty())),
+        )
+    };
+    let Some(instance) = newest else {
+        return lost(input, before).map_or_else(
+            || (waiting(), unknown_end(input, before).or_else(kept_last)),
+            |state| (state, kept_last()),
+        );
+    };
+    match &instance.state {
+        rt::ContainerState::Running { started_at_ns, .. } => {
+            let running = ContainerState {
+                running: Some(ContainerStateRunning { started_at: time(*started_at_ns) }),
+                ..ContainerState::default()
+            };
+            (running, dead.and_then(|c| terminated(input, c)).or_else(kept_last))
+        }
+        rt::ContainerState::Created => match lost(input, before) {
+            Some(state) => (state, kept_last()),
+            None => (waiting(), last().or_else(kept_last)),
+        },
+        rt::ContainerState::Exited { exit_code, .. } => {
+            let again = matches!(input.lifecycle, Lifecycle::Syncing)
+                && (spec::should_restart(spec, container, *exit_code)
+                    || input.waiting.contains_key(name));
+            if again && input.waiting.contains_key(name) {
+                (waiting(), last())
+            } else {
+                let id = format!("{ID_SCHEME}{}", instance.id);
+                // The end that is the state now is not also the one before.
+                let older = kept_last().filter(|s| {
+                    s.terminated.as_ref().is_some_and(|t| t.container_id.as_ref() != Some(&id))
+                });
+                (terminated(input, instance).unwrap_or_default(), older)
+            }
+        }
+    }
+}
+
+/// A container the runtime does not hold although its pod has ended: the end reported before, or
+/// one nobody saw.
+fn lost(input: &DeriveInput<'_>, before: Option<&ContainerStatus>) -> Option<ContainerState> {
+    if matches!(input.lifecycle, Lifecycle::Syncing) {
+        return None;
+    }
+    let state = before.and_then(|b| b.state.as_ref());
+    if let Some(ended) = state.filter(|s| s.terminated.is_some()) {
+        return Some(ended.clone());
+    }
+    if let Some(crashed) = state.filter(|s| s.waiting.is_some()) {
+        return Some(crashed.clone()).filter(|_| !has_id(before));
+    }
+    has_id(before).then(|| unknown(before.and_then(|b| b.container_id.clone())))
+}
+
+/// Whether a container had an instance as far as the apiserver knows.
+fn has_id(before: Option<&ContainerStatus>) -> bool {
+    before.and_then(|b| b.container_id.as_deref()).is_some_and(|id| !id.is_empty())
+}
+
+/// The last state of a container that was running as far as the apiserver knows, and is lost.
+fn unknown_end(
+    input: &DeriveInput<'_>,
+    before: Option<&ContainerStatus>,
+) -> Option<ContainerState> {
+    let was_running = before.and_then(|b| b.state.as_ref()).is_some_and(|s| s.running.is_some());
+    (was_running && matches!(input.lifecycle, Lifecycle::Syncing))
+        .then(|| unknown(before.and_then(|b| b.container_id.clone())))
+}
+
+/// An end nobody saw.
+pub(super) fn unknown(container_id: Option<String>) -> ContainerState {
+    ContainerState {
+        terminated: Some(ContainerStateTerminated {
+            exit_code: UNKNOWN_EXIT,
+            reason: Some("ContainerStatusUnknown".to_owned()),
+            message: Some(
+                "The container could not be located when the pod was terminated".to_owned(),
+            ),
+            container_id,
+            ..ContainerStateTerminated::default()
+        }),
+        ..ContainerState::default()
+    }
+}
+
+/// A waiting state.
+fn waiting_state(reason: &str, message: Option<String>) -> ContainerState {
+    ContainerState {
+        waiting: Some(ContainerStateWaiting { reason: Some(reason.to_owned()), message }),
+        ..ContainerState::default()
+    }
+}
+
+/// The terminated state of a dead instance.
+fn terminated(input: &DeriveInput<'_>, container: &rt::ContainerStatus) -> Option<ContainerState> {
+    match &container.state {
+        rt::ContainerState::Created | rt::ContainerState::Running { .. } => None,
+        rt::ContainerState::Exited {
+            started_at_ns,
+            finished_at_ns,
+            exit_code,
+            signal,
+            reason,
+            message,
+        } => {
+            let own = input.termination_messages.get(&container.id).filter(|m| !m.is_empty());
+            let message = match (message.is_empty(), own) {
+                (true, own) => own.cloned(),
+                (false, None) => Some(message.clone()),
+                (false, Some(own)) => Some(format!("{message}: {own}")),
+            };
+            Some(ContainerState {
+                terminated: Some(ContainerStateTerminated {
+                    container_id: Some(format!("{ID_SCHEME}{}", container.id)),
+                    exit_code: *exit_code,
+                    // The API's signal field is for those who have no exit code; 128+n says it.
+                    signal: signal.filter(|_| *exit_code == 0),
+                    reason: Some(reason.clone()).filter(|r| !r.is_empty()),
+                    message,
+                    // A container that never ran has the epoch there, as users know it.
+                    started_at: time(*started_at_ns),
+                    finished_at: time(*finished_at_ns),
+                }),
+                ..ContainerState::default()
+            })
+        }
+    }
+}
+
+/// Mounts as they are; the mode of read-only ones spelled out.
+fn volume_mounts(container: &Container) -> Option<Vec<VolumeMountStatus>> {
+    let mounts = container.volume_mounts.as_ref().filter(|m| !m.is_empty())?;
+    let status = mounts.iter().map(|m| VolumeMountStatus {
+        name: m.name.clone(),
+        mount_path: m.mount_path.clone(),
+        read_only: m.read_only,
+        recursive_read_only: (m.read_only == Some(true)).then(|| {
+            match m.recursive_read_only.as_deref() {
+                Some("Enabled" | "IfPossible") => "Enabled".to_owned(),
+                _ => "Disabled".to_owned(),
+            }
+        }),
+        ..VolumeMountStatus::default()
+    });
+    Some(status.collect())
+}
+
+/// Identity of the first process.
+fn user(container: &rt::ContainerStatus) -> Option<ContainerUser> {
+    let (uid, gid, groups) = container.user.as_ref()?;
+    Some(ContainerUser {
+        linux: Some(LinuxContainerUser {
+            uid: i64::from(*uid),
+            gid: i64::from(*gid),
+            supplemental_groups: Some(groups.iter().map(|g| i64::from(*g)).collect::<Vec<_>>())
+                .filter(|g| !g.is_empty()),
+        }),
+    })
+}

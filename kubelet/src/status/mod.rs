@@ -1,0 +1,10 @@
+//! Pod status: derived by a pure function, written to the apiserver by one task.
+//!
+//! [`derive`] knows no clock and no channel. [`publish`] is the only writer of pod status and the
+//! only one who confirms a deletion.
+
+mod conditions;
+mod containers;
+mod patch;
+pub mod derive;
+pub mod publish;

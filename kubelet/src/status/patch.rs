@@ -1,0 +1,116 @@
+//! The smallest patch that brings the apiserver's pod status to ours. Pure.
+
+use super::conditions::OWNED;
+use k8s_openapi::api::core::v1::{PodCondition, PodStatus};
+use serde_json::{Map, Value, json};
+
+/// Fields of the status this node writes. Others belong to the apiserver or other controllers.
+const FIELDS: [&str; 13] = [
+    "observedGeneration",
+    "phase",
+    "reason",
+    "message",
+    "hostIP",
+    "hostIPs",
+    "podIP",
+    "podIPs",
+    "startTime",
+    "conditions",
+    "initContainerStatuses",
+    "containerStatuses",
+    "ephemeralContainerStatuses",
+];
+
+/// Lists the apiserver merges by key, and therefore would never shrink without being told to.
+const MERGED_LISTS: [&str; 2] = ["hostIPs", "podIPs"];
+
+/// A strategic merge patch from `base` to `wanted` with the UID as precondition; none when they
+/// agree in all fields we own.
+pub(super) fn patch(uid: &str, base: &PodStatus, wanted: &PodStatus) -> Option<Value> {
+    let base = owned_fields(base);
+    let wanted = owned_fields(wanted);
+    let mut changes = Map::new();
+    for field in FIELDS {
+        let (old, new) = (base.get(field), wanted.get(field));
+        if old == new {
+            continue;
+        }
+        let mut new = new.cloned().unwrap_or(Value::Null);
+        if MERGED_LISTS.contains(&field)
+            && old.is_some()
+            && let Value::Array(items) = &mut new
+        {
+            items.insert(0, json!({"$patch": "replace"}));
+        }
+        changes.insert(field.to_owned(), new);
+    }
+    if changes.is_empty() {
+        return None;
+    }
+    Some(json!({"metadata": {"uid": uid}, "status": changes}))
+}
+
+/// The fields we own as JSON: times in whole seconds, as the apiserver keeps them. Conditions are
+/// only ours, sorted, because the apiserver keeps an order of its own.
+fn owned_fields(status: &PodStatus) -> Map<String, Value> {
+    let mut conditions: Vec<PodCondition> = status
+        .conditions
+        .iter()
+        .flatten()
+        .filter(|c| OWNED.contains(&c.type_.as_str()))
+        .cloned()
+        .collect();
+    conditions.sort_by_key(|c| OWNED.iter().position(|t| *t == c.type_));
+    for condition in &mut conditions {
+        condition.last_probe_time = None;
+    }
+    let status = PodStatus {
+        conditions: Some(conditions).filter(|c| !c.is_empty()),
+        ..status.clone()
+    };
+    match serde_json::to_value(&status) {
+        Ok(Value::Object(fields)) => fields,
+        // A status is always an object.
+        Ok(_) | Err(_) => Map::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::api::core::v1::PodIP;
+
+    #[test]
+    fn nothing_is_sent_when_only_foreign_conditions_differ() {
+        let base = PodStatus {
+            conditions: Some(vec![PodCondition {
+                type_: "example.com/gate".to_owned(),
+                status: "True".to_owned(),
+                ..PodCondition::default()
+            }]),
+            phase: Some("Running".to_owned()),
+            ..PodStatus::default()
+        };
+        let wanted = PodStatus { phase: Some("Running".to_owned()), ..PodStatus::default() };
+        assert_eq!(patch("u", &base, &wanted), None);
+    }
+
+    #[test]
+    fn a_changed_address_replaces_the_list_and_a_vanished_field_is_null() {
+        let ip = |ip: &str| Some(vec![PodIP { ip: ip.to_owned() }]);
+        let base = PodStatus {
+            pod_ips: ip("10.0.0.1"),
+            reason: Some("X".to_owned()),
+            ..PodStatus::default()
+        };
+        let wanted = PodStatus { pod_ips: ip("10.0.0.2"), ..PodStatus::default() };
+        let patch = patch("u", &base, &wanted).unwrap();
+        assert_eq!(
+            patch,
+            json!({"metadata": {"uid": "u"}, "status": {
+                "reason": null,
+                "podIPs": [{"$patch": "replace"}, {"ip": "10.0.0.2"}],
+            }})
+        );
+    }
+}
