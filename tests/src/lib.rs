@@ -13,3 +13,4 @@ pub mod packages;
 pub mod paths;
 pub mod process;
 pub mod progress;
+pub mod vm;

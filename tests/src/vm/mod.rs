@@ -1,0 +1,34 @@
+//! A virtual machine for what the build machine's kernel cannot show: a whole Debian with systemd,
+//! cgroup v2 with every controller, and all capabilities.
+//!
+//! [`image`] makes the disk once and keeps it by content; [`machine`] boots it under emulation
+//! (`-accel tcg`, no `/dev/kvm` needed) with a second disk that carries one job; [`job`] describes
+//! what to run there. The machine's own disk is never written: every boot is a fresh one.
+//!
+//! It computes several times slower than the machine it runs on: right for correctness, wrong for
+//! figures.
+
+pub mod image;
+pub mod job;
+pub mod machine;
+
+use crate::packages::Need;
+
+/// What the virtual machine needs.
+pub const NEEDS: &[Need] = &[
+    Need {
+        file: "qemu-system-x86_64",
+        package: "qemu-system-x86",
+        why: "emulates the machine",
+    },
+    Need {
+        file: "debootstrap",
+        package: "debootstrap",
+        why: "makes its root filesystem",
+    },
+    Need {
+        file: "mkfs.ext4",
+        package: "e2fsprogs",
+        why: "writes it into a disk image",
+    },
+];
