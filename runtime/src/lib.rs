@@ -4,4 +4,6 @@
 //! here. The kubelet calls [`service::RuntimeService`] and [`service::ImageService`]; the engine
 //! drives one `pod-shim` per sandbox and the CNI plugins.
 
+pub mod image;
+pub mod fake;
 pub mod service;
