@@ -1,1 +1,320 @@
-//! (being written)
+//! Typed, blocking rtnetlink: links, addresses, routes.
+//!
+//! * A [`Change`] is a value; [`Rtnl::apply`] carries a list of them out in **one** `sendmsg`,
+//!   each idempotent: what is already so, or already gone, is success.
+//! * Questions are asked by name or index (`RTM_GETLINK`), never by dumping tables; the two dumps
+//!   there are ([`Rtnl::ports_of`], [`Rtnl::addresses_of`]) are filtered by the kernel, repeated
+//!   when the table changed meanwhile, and not for the one-shot path of a plugin.
+//! * No task, no thread but the short one that enters a namespace, no async runtime.
+
+mod addr;
+mod link;
+mod route;
+pub(crate) mod socket;
+
+use std::fmt;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use socket::{Request, Socket};
+
+pub use addr::AddressSpec;
+pub use link::{BridgeSpec, Link, Mac, PortSpec, VethSpec};
+pub use route::RouteSpec;
+
+const NETLINK_ROUTE: isize = 0;
+
+/// A dump is tried again this often when the table changes under it.
+const MAX_DUMP_ATTEMPTS: u32 = 10;
+
+/// The kernel refused an operation, or cannot be asked.
+#[derive(Debug)]
+pub struct NetlinkError {
+    pub(crate) operation: &'static str,
+    pub(crate) object: String,
+    pub(crate) said: String,
+    pub(crate) source: io::Error,
+}
+
+impl fmt::Display for NetlinkError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.operation, self.object)?;
+        if self.said.is_empty() {
+            Ok(())
+        } else {
+            write!(f, " (kernel: {})", self.said)
+        }
+    }
+}
+
+impl std::error::Error for NetlinkError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
+impl NetlinkError {
+    pub(crate) fn opening(family: isize, source: io::Error) -> Self {
+        Self {
+            operation: "open",
+            object: format!("netlink socket of family {family}"),
+            said: String::new(),
+            source,
+        }
+    }
+
+    pub(crate) fn talking(request: &Request, source: io::Error) -> Self {
+        Self {
+            operation: request.operation,
+            object: request.object.clone(),
+            said: String::new(),
+            source,
+        }
+    }
+
+    /// The errno, when the kernel gave one.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        self.source.raw_os_error()
+    }
+}
+
+/// Runs `work` in another network namespace: in a thread made for it, so that no other thread of
+/// this process ever changes namespace.
+///
+/// # Errors
+/// When the thread cannot be made or may not enter the namespace.
+pub fn in_netns<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let entered = std::thread::Builder::new()
+            .name("netns".into())
+            .spawn_scoped(scope, || {
+                nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET)?;
+                Ok(work())
+            })?;
+        entered
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the namespace thread panicked")))
+    })
+}
+
+/// One idempotent change of the kernel's network state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// Make a bridge. Already there: left as it is.
+    AddBridge(BridgeSpec),
+    /// Make a pair. A link of either name: left as it is, and reported.
+    AddVeth(VethSpec),
+    /// Delete a link by name.
+    RemoveLink {
+        /// Its name.
+        name: String,
+    },
+    /// Set up or down.
+    SetUp {
+        /// The link.
+        index: u32,
+        /// Up, else down.
+        up: bool,
+    },
+    /// Set the transmission unit.
+    SetMtu {
+        /// The link.
+        index: u32,
+        /// In bytes.
+        mtu_bytes: u32,
+    },
+    /// Set promiscuous mode.
+    SetPromiscuous {
+        /// The link.
+        index: u32,
+        /// On, else off.
+        on: bool,
+    },
+    /// Set the alias, our owner's mark. At most 255 bytes.
+    SetAlias {
+        /// The link.
+        index: u32,
+        /// The mark.
+        alias: String,
+    },
+    /// Set what a bridge does on one of its ports.
+    SetPort(PortSpec),
+    /// Give a link an address.
+    AddAddress(AddressSpec),
+    /// Take one away.
+    RemoveAddress(AddressSpec),
+    /// Add a route.
+    AddRoute(RouteSpec),
+    /// Take one away.
+    RemoveRoute(RouteSpec),
+}
+
+/// What became of a [`Change`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Done now.
+    Done,
+    /// There was nothing to do: it was already there, or already gone.
+    Unchanged,
+}
+
+impl Change {
+    fn request(&self) -> Request {
+        match self {
+            Self::AddBridge(spec) => spec.request(),
+            Self::AddVeth(spec) => spec.request(),
+            Self::RemoveLink { name } => link::remove(name),
+            Self::SetUp { index, up } => link::set_up(*index, *up),
+            Self::SetMtu { index, mtu_bytes } => link::set_mtu(*index, *mtu_bytes),
+            Self::SetPromiscuous { index, on } => link::set_promiscuous(*index, *on),
+            Self::SetAlias { index, alias } => link::set_alias(*index, alias),
+            Self::SetPort(spec) => spec.request(),
+            Self::AddAddress(spec) => spec.add(),
+            Self::RemoveAddress(spec) => spec.remove(),
+            Self::AddRoute(spec) => spec.add(),
+            Self::RemoveRoute(spec) => spec.remove(),
+        }
+    }
+
+    /// Errnos that mean "nothing to do".
+    fn satisfied_by(&self) -> &'static [i32] {
+        match self {
+            Self::AddBridge(_) | Self::AddVeth(_) | Self::AddAddress(_) | Self::AddRoute(_) => {
+                &[libc::EEXIST]
+            }
+            Self::RemoveLink { .. } => &[libc::ENODEV],
+            Self::RemoveAddress(_) => &[libc::EADDRNOTAVAIL, libc::ENODEV],
+            Self::RemoveRoute(_) => &[libc::ESRCH, libc::ENODEV],
+            Self::SetUp { .. }
+            | Self::SetMtu { .. }
+            | Self::SetPromiscuous { .. }
+            | Self::SetAlias { .. }
+            | Self::SetPort(_) => &[],
+        }
+    }
+}
+
+/// A connection to rtnetlink in one network namespace.
+#[derive(Debug)]
+pub struct Rtnl {
+    socket: Socket,
+}
+
+impl Rtnl {
+    /// Opens one in the caller's namespace.
+    ///
+    /// # Errors
+    /// When the kernel gives no socket.
+    pub fn open() -> Result<Self, NetlinkError> {
+        Ok(Self {
+            socket: Socket::open(NETLINK_ROUTE)?,
+        })
+    }
+
+    /// Opens one in another namespace; the caller's threads stay where they are.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered or the kernel gives no socket.
+    pub fn open_in(netns: BorrowedFd<'_>) -> Result<Self, NetlinkError> {
+        Ok(Self {
+            socket: Socket::open_in(netns, NETLINK_ROUTE)?,
+        })
+    }
+
+    /// Carries out `changes` in order with one system call. The kernel goes on after a refusal;
+    /// the first one is returned.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] naming the change that was refused.
+    pub fn apply(&mut self, changes: &[Change]) -> Result<Vec<Outcome>, NetlinkError> {
+        if changes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let requests: Vec<Request> = changes.iter().map(Change::request).collect();
+        let verdicts = self
+            .socket
+            .send_batch(&requests)
+            .map_err(|source| NetlinkError::talking(&requests[0], source))?;
+        let mut outcomes = Vec::with_capacity(changes.len());
+        for ((change, request), verdict) in changes.iter().zip(&requests).zip(verdicts) {
+            outcomes.push(match verdict {
+                Ok(()) => Outcome::Done,
+                Err(refusal) if change.satisfied_by().iter().any(|errno| refusal.is(*errno)) => {
+                    Outcome::Unchanged
+                }
+                Err(refusal) => return Err(refusal.about(request)),
+            });
+        }
+        Ok(outcomes)
+    }
+
+    /// The link of this name, if there is one.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] when the kernel cannot be asked.
+    pub fn link_by_name(&mut self, name: &str) -> Result<Option<Link>, NetlinkError> {
+        self.link(&link::get_by_name(name))
+    }
+
+    /// The link of this index, if there is one.
+    ///
+    /// # Errors
+    /// As [`Rtnl::link_by_name`].
+    pub fn link_by_index(&mut self, index: u32) -> Result<Option<Link>, NetlinkError> {
+        self.link(&link::get_by_index(index))
+    }
+
+    fn link(&mut self, request: &Request) -> Result<Option<Link>, NetlinkError> {
+        let answer = self.socket.get(request);
+        match answer.map_err(|source| NetlinkError::talking(request, source))? {
+            Ok(answer) => Link::decode(&answer)
+                .map(Some)
+                .ok_or_else(|| NetlinkError::talking(request, io::ErrorKind::InvalidData.into())),
+            Err(refusal) if refusal.is(libc::ENODEV) => Ok(None),
+            Err(refusal) => Err(refusal.about(request)),
+        }
+    }
+
+    /// The ports of a bridge. A dump filtered by the kernel: for garbage collection and agents.
+    ///
+    /// # Errors
+    /// [`NetlinkError`]; also when the table changed during each of ten attempts.
+    pub fn ports_of(&mut self, bridge_index: u32) -> Result<Vec<Link>, NetlinkError> {
+        let answers = self.dump(&link::dump_ports(bridge_index))?;
+        let links = answers.iter().filter_map(Link::decode);
+        // A kernel that ignores the filter would otherwise give us strangers.
+        Ok(links
+            .filter(|link| link.master == Some(bridge_index))
+            .collect())
+    }
+
+    /// The addresses of a link. A dump filtered by the kernel.
+    ///
+    /// # Errors
+    /// As [`Rtnl::ports_of`].
+    pub fn addresses_of(&mut self, index: u32) -> Result<Vec<AddressSpec>, NetlinkError> {
+        let answers = self.dump(&addr::dump(index))?;
+        let addresses = answers.iter().filter_map(AddressSpec::decode);
+        Ok(addresses.filter(|address| address.index == index).collect())
+    }
+
+    fn dump(&mut self, request: &Request) -> Result<Vec<socket::Answer>, NetlinkError> {
+        let talking = |source| NetlinkError::talking(request, source);
+        self.socket.strict().map_err(talking)?;
+        for _ in 0..MAX_DUMP_ATTEMPTS {
+            match self.socket.dump(request).map_err(talking)? {
+                Ok(Some(answers)) => return Ok(answers),
+                Ok(None) => {}
+                Err(refusal) if refusal.is(libc::ENODEV) => return Ok(Vec::new()),
+                Err(refusal) => return Err(refusal.about(request)),
+            }
+        }
+        Err(talking(io::Error::other(
+            "the table changed during every attempt",
+        )))
+    }
+}
+
+#[cfg(test)]
+mod tests;
