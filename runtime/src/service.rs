@@ -5,6 +5,7 @@
 //! All operations are idempotent: repeating one that succeeded succeeds; removing or stopping
 //! what is not there succeeds.
 
+pub use pod_shim::protocol::Propagation;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -194,7 +195,7 @@ pub struct Mount {
     /// Recursive read-only.
     pub recursive_readonly: bool,
     /// Propagation.
-    pub propagation: pod_shim::protocol::Propagation,
+    pub propagation: Propagation,
     /// Mount an image's content instead of a host path.
     pub image: Option<ImageId>,
 }
