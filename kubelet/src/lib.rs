@@ -17,6 +17,7 @@
 pub mod events;
 pub mod observe;
 pub mod pod;
+pub mod source;
 pub mod status;
 pub mod probes;
 pub mod quantity;

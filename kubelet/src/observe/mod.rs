@@ -18,8 +18,10 @@ impl PodObservation {
     pub fn read<R: RuntimeService>(runtime: &R, uid: &str) -> Self {
         let mut sandboxes = runtime.list_sandboxes();
         sandboxes.retain(|s| s.config.uid == uid);
-        let containers =
-            sandboxes.iter().flat_map(|s| runtime.list_containers(Some(&s.id))).collect();
+        let containers = sandboxes
+            .iter()
+            .flat_map(|s| runtime.list_containers(Some(&s.id)))
+            .collect();
         Self::new(sandboxes, containers)
     }
 
@@ -27,7 +29,10 @@ impl PodObservation {
     pub fn new(mut sandboxes: Vec<SandboxStatus>, mut containers: Vec<ContainerStatus>) -> Self {
         sandboxes.sort_by_key(|s| std::cmp::Reverse((s.config.attempt, s.created_at_ns)));
         containers.sort_by_key(|c| std::cmp::Reverse((c.config.attempt, c.created_at_ns)));
-        Self { sandboxes, containers }
+        Self {
+            sandboxes,
+            containers,
+        }
     }
 
     /// The newest sandbox, whatever its state.
@@ -37,7 +42,8 @@ impl PodObservation {
 
     /// The newest sandbox if it is ready.
     pub fn ready_sandbox(&self) -> Option<&SandboxStatus> {
-        self.newest_sandbox().filter(|s| s.state == SandboxState::Ready)
+        self.newest_sandbox()
+            .filter(|s| s.state == SandboxState::Ready)
     }
 
     /// Instances of a container, newest first.
@@ -45,7 +51,9 @@ impl PodObservation {
         &'a self,
         name: &'a str,
     ) -> impl Iterator<Item = &'a ContainerStatus> + 'a {
-        self.containers.iter().filter(move |c| c.config.name == name)
+        self.containers
+            .iter()
+            .filter(move |c| c.config.name == name)
     }
 
     /// The newest instance of a container.
@@ -77,9 +85,11 @@ pub fn is_running(container: &ContainerStatus) -> bool {
 /// Exit code and end (nanoseconds since the epoch) of a dead instance.
 pub fn exit(container: &ContainerStatus) -> Option<(i32, i64)> {
     match &container.state {
-        ContainerState::Exited { exit_code, finished_at_ns, .. } => {
-            Some((*exit_code, *finished_at_ns))
-        }
+        ContainerState::Exited {
+            exit_code,
+            finished_at_ns,
+            ..
+        } => Some((*exit_code, *finished_at_ns)),
         ContainerState::Created | ContainerState::Running { .. } => None,
     }
 }

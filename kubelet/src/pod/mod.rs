@@ -1,5 +1,14 @@
 //! Pods: one worker per UID turns what is desired and what is observed into actions.
+//!
+//! Reading order: [`state`] (the values), [`plan`] (the decisions, pure), [`worker`] (the loop),
+//! [`execute`] (the actions), [`manager`] (who has a worker).
+
+pub mod environment;
+mod execute;
 pub mod index;
+pub mod manager;
 pub mod plan;
 pub mod spec;
 pub mod state;
+mod termination;
+pub mod worker;

@@ -49,6 +49,9 @@ impl RestartPolicy {
 /// Seconds of grace when the pod says nothing (the apiserver fills it in; this is for orphans).
 pub const DEFAULT_GRACE_S: u64 = 30;
 
+/// The annotation that keeps [`spec_hash`] on an instance.
+pub const HASH_ANNOTATION: &str = "io.kubernetes.container.hash";
+
 /// The pod's UID.
 pub fn uid(pod: &Pod) -> &str {
     pod.metadata.uid.as_deref().unwrap_or_default()
@@ -79,7 +82,10 @@ pub fn containers(spec: &PodSpec) -> impl Iterator<Item = ContainerRef<'_>> {
         },
         spec: c,
     });
-    init.chain(spec.containers.iter().map(|c| ContainerRef { kind: ContainerKind::Main, spec: c }))
+    init.chain(spec.containers.iter().map(|c| ContainerRef {
+        kind: ContainerKind::Main,
+        spec: c,
+    }))
 }
 
 /// A container by name.
@@ -97,7 +103,9 @@ pub fn restart_policy(spec: &PodSpec) -> RestartPolicy {
 /// the pod means "until it succeeds".
 pub fn should_restart(spec: &PodSpec, container: ContainerRef<'_>, exit_code: i32) -> bool {
     for rule in container.spec.restart_policy_rules.iter().flatten() {
-        let Some(codes) = &rule.exit_codes else { continue };
+        let Some(codes) = &rule.exit_codes else {
+            continue;
+        };
         let listed = codes.values.iter().flatten().any(|v| *v == exit_code);
         let matches = match codes.operator.as_str() {
             "In" => listed,
@@ -128,16 +136,23 @@ pub fn spec_hash(container: &Container) -> String {
     hasher.update(container.name.as_bytes());
     hasher.update([0]);
     hasher.update(container.image.as_deref().unwrap_or_default().as_bytes());
-    hasher.finalize().iter().take(8).fold(String::new(), |mut hex, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
+    hasher
+        .finalize()
+        .iter()
+        .take(8)
+        .fold(String::new(), |mut hex, byte| {
+            // Writing to a String cannot fail.
+            let _ = write!(hex, "{byte:02x}");
+            hex
+        })
 }
 
 /// Grace in seconds when the pod ends for a reason of its own or of the node's.
 pub fn grace_seconds(pod: &Pod) -> u64 {
-    let spec = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
+    let spec = pod
+        .spec
+        .as_ref()
+        .and_then(|s| s.termination_grace_period_seconds);
     spec.map_or(DEFAULT_GRACE_S, |s| u64::try_from(s).unwrap_or(0))
 }
 
@@ -160,9 +175,14 @@ mod tests {
     use k8s_openapi::api::core::v1::{ContainerRestartRule, ContainerRestartRuleOnExitCodes};
 
     fn check(kind: ContainerKind, pod_policy: &str, exit: i32, expected: bool) {
-        let spec =
-            PodSpec { restart_policy: Some(pod_policy.to_owned()), ..PodSpec::default() };
-        let c = Container { name: "c".to_owned(), ..Container::default() };
+        let spec = PodSpec {
+            restart_policy: Some(pod_policy.to_owned()),
+            ..PodSpec::default()
+        };
+        let c = Container {
+            name: "c".to_owned(),
+            ..Container::default()
+        };
         let got = should_restart(&spec, ContainerRef { kind, spec: &c }, exit);
         assert_eq!(got, expected, "{kind:?} {pod_policy} exit {exit}");
     }
@@ -186,7 +206,10 @@ mod tests {
 
     #[test]
     fn a_restart_rule_wins_over_the_pods_policy() {
-        let spec = PodSpec { restart_policy: Some("Never".to_owned()), ..PodSpec::default() };
+        let spec = PodSpec {
+            restart_policy: Some("Never".to_owned()),
+            ..PodSpec::default()
+        };
         let c = Container {
             restart_policy: Some("Never".to_owned()),
             restart_policy_rules: Some(vec![ContainerRestartRule {
@@ -198,7 +221,10 @@ mod tests {
             }]),
             ..Container::default()
         };
-        let c = ContainerRef { kind: ContainerKind::Main, spec: &c };
+        let c = ContainerRef {
+            kind: ContainerKind::Main,
+            spec: &c,
+        };
         assert!(should_restart(&spec, c, 42));
         assert!(!should_restart(&spec, c, 1));
     }
@@ -210,8 +236,14 @@ mod tests {
             image: Some("x:1".to_owned()),
             ..Container::default()
         };
-        let tty = Container { tty: Some(true), ..a.clone() };
-        let newer = Container { image: Some("x:2".to_owned()), ..a.clone() };
+        let tty = Container {
+            tty: Some(true),
+            ..a.clone()
+        };
+        let newer = Container {
+            image: Some("x:2".to_owned()),
+            ..a.clone()
+        };
         assert_eq!(spec_hash(&a), spec_hash(&tty));
         assert_ne!(spec_hash(&a), spec_hash(&newer));
         assert_eq!(spec_hash(&a).len(), 16);

@@ -105,7 +105,9 @@ impl Step {
 
     /// Takes off: in flight, remembering the failure before.
     pub fn begin(&mut self) {
-        *self = Self::Running { before: self.failure().cloned() };
+        *self = Self::Running {
+            before: self.failure().cloned(),
+        };
     }
 
     /// Consecutive failures so far.
@@ -219,7 +221,10 @@ impl CrashBackoff {
             }
             Some(_) | None => BACKOFF_FIRST_NS,
         };
-        Self { delay_ns, last_restart_ns: now_ns }
+        Self {
+            delay_ns,
+            last_restart_ns: now_ns,
+        }
     }
 
     /// The delay in seconds, for messages.
@@ -243,7 +248,11 @@ mod tests {
     fn crash_back_off_starts_at_ten_seconds_doubles_to_five_minutes_and_resets() {
         let mut now = 0;
         let mut backoff = None;
-        assert_eq!(CrashBackoff::wait_until(backoff.as_ref(), now, now), None, "first restart");
+        assert_eq!(
+            CrashBackoff::wait_until(backoff.as_ref(), now, now),
+            None,
+            "first restart"
+        );
         let mut waits = Vec::new();
         for _ in 0..8 {
             backoff = Some(CrashBackoff::after_restart(backoff.as_ref(), now, now));
@@ -254,7 +263,10 @@ mod tests {
         }
         assert_eq!(waits, [10, 20, 40, 80, 160, 300, 300, 300]);
         let good_run = now + 601 * SECOND_NS;
-        assert_eq!(CrashBackoff::wait_until(backoff.as_ref(), good_run, good_run), None);
+        assert_eq!(
+            CrashBackoff::wait_until(backoff.as_ref(), good_run, good_run),
+            None
+        );
         let fresh = CrashBackoff::after_restart(backoff.as_ref(), good_run, good_run);
         assert_eq!(fresh.delay_seconds(), 10);
     }

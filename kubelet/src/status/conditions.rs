@@ -6,8 +6,13 @@ use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition, PodSpec, PodStat
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 /// Condition types this node owns; all others belong to somebody else and are kept.
-pub(crate) const OWNED: [&str; 5] =
-    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+pub(crate) const OWNED: [&str; 5] = [
+    "PodReadyToStartContainers",
+    "Initialized",
+    "Ready",
+    "ContainersReady",
+    "PodScheduled",
+];
 
 /// A condition's value before times are filled in.
 struct Value {
@@ -17,10 +22,18 @@ struct Value {
 }
 
 impl Value {
-    const TRUE: Self = Self { status: true, reason: None, message: None };
+    const TRUE: Self = Self {
+        status: true,
+        reason: None,
+        message: None,
+    };
 
     fn no(reason: &'static str) -> Self {
-        Self { status: false, reason: Some(reason), message: None }
+        Self {
+            status: false,
+            reason: Some(reason),
+            message: None,
+        }
     }
 }
 
@@ -32,12 +45,19 @@ pub(super) fn conditions(
     network_ready: bool,
 ) -> Vec<PodCondition> {
     let previous = input.previous.conditions.as_deref().unwrap_or_default();
-    let mut all: Vec<_> =
-        previous.iter().filter(|c| !OWNED.contains(&c.type_.as_str())).cloned().collect();
+    let mut all: Vec<_> = previous
+        .iter()
+        .filter(|c| !OWNED.contains(&c.type_.as_str()))
+        .cloned()
+        .collect();
     let containers_ready = containers_ready(spec, status);
     let ready = ready(spec, &containers_ready, previous);
     let values = [
-        Value { status: network_ready, reason: None, message: None },
+        Value {
+            status: network_ready,
+            reason: None,
+            message: None,
+        },
         initialized(spec, status),
         ready,
         containers_ready,
@@ -75,13 +95,18 @@ fn condition(
 /// Whether all init containers are through (sidecars: started).
 fn initialized(spec: &PodSpec, status: &PodStatus) -> Value {
     if status.phase.as_deref() == Some("Succeeded") {
-        return Value { status: true, reason: Some("PodCompleted"), message: None };
+        return Value {
+            status: true,
+            reason: Some("PodCompleted"),
+            message: None,
+        };
     }
-    let inits = status.init_container_statuses.as_deref().unwrap_or_default();
+    let inits = status
+        .init_container_statuses
+        .as_deref()
+        .unwrap_or_default();
     // Once a main container ran, initialisation is behind the pod, whatever was lost since.
-    let ran = |s: &ContainerStatus| {
-        s.container_id.as_deref().is_some_and(|id| !id.is_empty())
-    };
+    let ran = |s: &ContainerStatus| s.container_id.as_deref().is_some_and(|id| !id.is_empty());
     if status.container_statuses.iter().flatten().any(ran) {
         return Value::TRUE;
     }
@@ -101,7 +126,10 @@ fn initialized(spec: &PodSpec, status: &PodStatus) -> Value {
     Value {
         status: false,
         reason: Some("ContainersNotInitialized"),
-        message: Some(format!("containers with incomplete status: [{}]", incomplete.join(" "))),
+        message: Some(format!(
+            "containers with incomplete status: [{}]",
+            incomplete.join(" ")
+        )),
     }
 }
 
@@ -112,7 +140,10 @@ fn containers_ready(spec: &PodSpec, status: &PodStatus) -> Value {
         Some("Failed") => return Value::no("PodFailed"),
         _ => {}
     }
-    let inits = status.init_container_statuses.as_deref().unwrap_or_default();
+    let inits = status
+        .init_container_statuses
+        .as_deref()
+        .unwrap_or_default();
     let mains = status.container_statuses.as_deref().unwrap_or_default();
     let unready: Vec<_> = spec::containers(spec)
         .filter(|c| {
@@ -131,7 +162,10 @@ fn containers_ready(spec: &PodSpec, status: &PodStatus) -> Value {
     Value {
         status: false,
         reason: Some("ContainersNotReady"),
-        message: Some(format!("containers with unready status: [{}]", unready.join(" "))),
+        message: Some(format!(
+            "containers with unready status: [{}]",
+            unready.join(" ")
+        )),
     }
 }
 

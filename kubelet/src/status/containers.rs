@@ -1,7 +1,6 @@
 //! Container statuses from what the runtime holds. Pure.
 
 use super::derive::{DeriveInput, time};
-use crate::observe;
 use crate::pod::spec::{self, ContainerKind, ContainerRef};
 use crate::pod::state::Lifecycle;
 use k8s_openapi::api::core::v1::{
@@ -41,7 +40,9 @@ fn before<'a>(input: &DeriveInput<'a>, container: ContainerRef<'_>) -> Option<&'
         ContainerKind::Init | ContainerKind::Sidecar => &input.previous.init_container_statuses,
         ContainerKind::Main => &input.previous.container_statuses,
     };
-    list.iter().flatten().find(|s| s.name == container.spec.name)
+    list.iter()
+        .flatten()
+        .find(|s| s.name == container.spec.name)
 }
 
 /// One container.
@@ -68,7 +69,11 @@ fn one(
                 container.spec.readiness_probe.is_none()
                     || input.health.ready.get(&c.id) == Some(&true)
             });
-    let requests = container.spec.resources.as_ref().and_then(|r| r.requests.clone());
+    let requests = container
+        .spec
+        .resources
+        .as_ref()
+        .and_then(|r| r.requests.clone());
     ContainerStatus {
         name: name.clone(),
         state: Some(state),
@@ -110,12 +115,23 @@ fn states(
 ) -> (ContainerState, Option<ContainerState>) {
     let name = &container.spec.name;
     let dead = input.observed.newest_dead(name);
-    let last = || dead.and_then(|c| terminated(input, c)).or_else(|| unknown_end(input, before));
-    let kept_last = || before.and_then(|b| b.last_state.clone()).filter(|s| *s != ContainerState::default());
+    let last = || {
+        dead.and_then(|c| terminated(input, c))
+            .or_else(|| unknown_end(input, before))
+    };
+    let kept_last = || {
+        before
+            .and_then(|b| b.last_state.clone())
+            .filter(|s| *s != ContainerState::default())
+    };
     let waiting = || {
         input.waiting.get(name).map_or_else(
             || {
-                let reason = if has_init { "PodInitializing" } else { "ContainerCreating" };
+                let reason = if has_init {
+                    "PodInitializing"
+                } else {
+                    "ContainerCreating"
+                };
                 waiting_state(reason, None)
             },
             |w| waiting_state(&w.reason, Some(w.message.clone()).filter(|m| !m.is_empty())),
@@ -130,10 +146,15 @@ fn states(
     match &instance.state {
         rt::ContainerState::Running { started_at_ns, .. } => {
             let running = ContainerState {
-                running: Some(ContainerStateRunning { started_at: time(*started_at_ns) }),
+                running: Some(ContainerStateRunning {
+                    started_at: time(*started_at_ns),
+                }),
                 ..ContainerState::default()
             };
-            (running, dead.and_then(|c| terminated(input, c)).or_else(kept_last))
+            (
+                running,
+                dead.and_then(|c| terminated(input, c)).or_else(kept_last),
+            )
         }
         rt::ContainerState::Created => match lost(input, before) {
             Some(state) => (state, kept_last()),
@@ -149,7 +170,9 @@ fn states(
                 let id = format!("{ID_SCHEME}{}", instance.id);
                 // The end that is the state now is not also the one before.
                 let older = kept_last().filter(|s| {
-                    s.terminated.as_ref().is_some_and(|t| t.container_id.as_ref() != Some(&id))
+                    s.terminated
+                        .as_ref()
+                        .is_some_and(|t| t.container_id.as_ref() != Some(&id))
                 });
                 (terminated(input, instance).unwrap_or_default(), older)
             }
@@ -175,7 +198,9 @@ fn lost(input: &DeriveInput<'_>, before: Option<&ContainerStatus>) -> Option<Con
 
 /// Whether a container had an instance as far as the apiserver knows.
 fn has_id(before: Option<&ContainerStatus>) -> bool {
-    before.and_then(|b| b.container_id.as_deref()).is_some_and(|id| !id.is_empty())
+    before
+        .and_then(|b| b.container_id.as_deref())
+        .is_some_and(|id| !id.is_empty())
 }
 
 /// The last state of a container that was running as far as the apiserver knows, and is lost.
@@ -183,7 +208,9 @@ fn unknown_end(
     input: &DeriveInput<'_>,
     before: Option<&ContainerStatus>,
 ) -> Option<ContainerState> {
-    let was_running = before.and_then(|b| b.state.as_ref()).is_some_and(|s| s.running.is_some());
+    let was_running = before
+        .and_then(|b| b.state.as_ref())
+        .is_some_and(|s| s.running.is_some());
     (was_running && matches!(input.lifecycle, Lifecycle::Syncing))
         .then(|| unknown(before.and_then(|b| b.container_id.clone())))
 }
@@ -207,7 +234,10 @@ pub(super) fn unknown(container_id: Option<String>) -> ContainerState {
 /// A waiting state.
 fn waiting_state(reason: &str, message: Option<String>) -> ContainerState {
     ContainerState {
-        waiting: Some(ContainerStateWaiting { reason: Some(reason.to_owned()), message }),
+        waiting: Some(ContainerStateWaiting {
+            reason: Some(reason.to_owned()),
+            message,
+        }),
         ..ContainerState::default()
     }
 }
@@ -224,7 +254,10 @@ fn terminated(input: &DeriveInput<'_>, container: &rt::ContainerStatus) -> Optio
             reason,
             message,
         } => {
-            let own = input.termination_messages.get(&container.id).filter(|m| !m.is_empty());
+            let own = input
+                .termination_messages
+                .get(&container.id)
+                .filter(|m| !m.is_empty());
             let message = match (message.is_empty(), own) {
                 (true, own) => own.cloned(),
                 (false, None) => Some(message.clone()),

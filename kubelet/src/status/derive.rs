@@ -48,7 +48,11 @@ pub fn derive(input: &DeriveInput<'_>) -> PodStatus {
     let empty = PodSpec::default();
     let spec = input.pod.spec.as_ref().unwrap_or(&empty);
     let mut status = PodStatus {
-        observed_generation: input.pod.metadata.generation.or(previous.observed_generation),
+        observed_generation: input
+            .pod
+            .metadata
+            .generation
+            .or(previous.observed_generation),
         qos_class: previous.qos_class.clone(),
         start_time: previous.start_time.clone().or(Some(Time(input.start_time))),
         nominated_node_name: previous.nominated_node_name.clone(),
@@ -80,9 +84,7 @@ fn is_rejected(input: &DeriveInput<'_>) -> bool {
         Lifecycle::Terminated(cause) => matches!(cause, Cause::Failed { .. }),
         Lifecycle::Syncing | Lifecycle::Finished => false,
     };
-    failed
-        && input.observed.sandboxes.is_empty()
-        && input.previous.container_statuses.is_none()
+    failed && input.observed.sandboxes.is_empty() && input.previous.container_statuses.is_none()
 }
 
 /// Sets phase, reason and message. A terminal phase is told only when no process is left, and
@@ -90,7 +92,11 @@ fn is_rejected(input: &DeriveInput<'_>) -> bool {
 fn end_of_phase(input: &DeriveInput<'_>, spec: &PodSpec, status: &mut PodStatus) {
     let previous = input.previous;
     if spec::is_terminal(input.pod) || is_terminal_phase(previous) {
-        let told = if is_terminal_phase(previous) { Some(previous) } else { input.pod.status.as_ref() };
+        let told = if is_terminal_phase(previous) {
+            Some(previous)
+        } else {
+            input.pod.status.as_ref()
+        };
         status.phase = told.and_then(|s| s.phase.clone());
         status.reason = told.and_then(|s| s.reason.clone());
         status.message = told.and_then(|s| s.message.clone());
@@ -109,7 +115,11 @@ fn end_of_phase(input: &DeriveInput<'_>, spec: &PodSpec, status: &mut PodStatus)
         },
         Some(_) if alive => {
             let open = phase(spec, status, false);
-            if open == Phase::Pending { Phase::Pending } else { Phase::Running }
+            if open == Phase::Pending {
+                Phase::Pending
+            } else {
+                Phase::Running
+            }
         }
         Some(Cause::Failed { reason, message }) => {
             status.reason = Some(reason.clone());
@@ -130,8 +140,14 @@ fn end_of_phase(input: &DeriveInput<'_>, spec: &PodSpec, status: &mut PodStatus)
 /// Main containers of an ended pod that ran before and wait for another run have ended for good.
 fn close_waiting(status: &mut PodStatus) {
     for container in status.container_statuses.iter_mut().flatten() {
-        let waits = container.state.as_ref().is_some_and(|s| s.waiting.is_some());
-        let last = container.last_state.clone().filter(|s| s.terminated.is_some());
+        let waits = container
+            .state
+            .as_ref()
+            .is_some_and(|s| s.waiting.is_some());
+        let last = container
+            .last_state
+            .clone()
+            .filter(|s| s.terminated.is_some());
         if waits && let Some(last) = last {
             container.state = Some(last);
             container.last_state = None;
@@ -167,9 +183,14 @@ impl Phase {
 /// The phase container statuses add up to. Sidecars count only until the pod is initialised.
 fn phase(spec: &PodSpec, status: &PodStatus, ended: bool) -> Phase {
     let policy = spec::restart_policy(spec);
-    let inits = status.init_container_statuses.as_deref().unwrap_or_default();
+    let inits = status
+        .init_container_statuses
+        .as_deref()
+        .unwrap_or_default();
     let mains = status.container_statuses.as_deref().unwrap_or_default();
-    let main_ran = mains.iter().any(|s| has_ended(s).is_some() || is_running(s));
+    let main_ran = mains
+        .iter()
+        .any(|s| has_ended(s).is_some() || is_running(s));
     let mut pending_init = false;
     for container in spec::containers(spec) {
         let own = inits.iter().find(|s| s.name == container.spec.name);
@@ -218,9 +239,8 @@ fn has_ended(status: &ContainerStatus) -> Option<i32> {
     if is_running(status) {
         return None;
     }
-    let of = |s: &k8s_openapi::api::core::v1::ContainerState| {
-        s.terminated.as_ref().map(|t| t.exit_code)
-    };
+    let of =
+        |s: &k8s_openapi::api::core::v1::ContainerState| s.terminated.as_ref().map(|t| t.exit_code);
     let now = status.state.as_ref().and_then(of);
     now.or_else(|| status.last_state.as_ref().and_then(of))
 }
@@ -229,10 +249,19 @@ fn has_ended(status: &ContainerStatus) -> Option<i32> {
 fn addresses(input: &DeriveInput<'_>, spec: &PodSpec, status: &mut PodStatus) -> bool {
     let host_network = spec.host_network == Some(true);
     let ready = input.observed.ready_sandbox();
-    status.host_ip = input.host_ips.first().cloned().or_else(|| input.previous.host_ip.clone());
-    let host_ips: Vec<_> = input.host_ips.iter().map(|ip| HostIP { ip: ip.clone() }).collect();
-    status.host_ips =
-        Some(host_ips).filter(|ips| !ips.is_empty()).or_else(|| input.previous.host_ips.clone());
+    status.host_ip = input
+        .host_ips
+        .first()
+        .cloned()
+        .or_else(|| input.previous.host_ip.clone());
+    let host_ips: Vec<_> = input
+        .host_ips
+        .iter()
+        .map(|ip| HostIP { ip: ip.clone() })
+        .collect();
+    status.host_ips = Some(host_ips)
+        .filter(|ips| !ips.is_empty())
+        .or_else(|| input.previous.host_ips.clone());
     let own: Vec<String> = match ready {
         Some(_) if host_network => input.host_ips.to_vec(),
         Some(sandbox) => sandbox.ips.iter().map(ToString::to_string).collect(),

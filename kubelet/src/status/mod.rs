@@ -5,6 +5,6 @@
 
 mod conditions;
 mod containers;
-mod patch;
 pub mod derive;
+mod patch;
 pub mod publish;

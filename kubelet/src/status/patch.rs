@@ -91,7 +91,10 @@ mod tests {
             phase: Some("Running".to_owned()),
             ..PodStatus::default()
         };
-        let wanted = PodStatus { phase: Some("Running".to_owned()), ..PodStatus::default() };
+        let wanted = PodStatus {
+            phase: Some("Running".to_owned()),
+            ..PodStatus::default()
+        };
         assert_eq!(patch("u", &base, &wanted), None);
     }
 
@@ -103,7 +106,10 @@ mod tests {
             reason: Some("X".to_owned()),
             ..PodStatus::default()
         };
-        let wanted = PodStatus { pod_ips: ip("10.0.0.2"), ..PodStatus::default() };
+        let wanted = PodStatus {
+            pod_ips: ip("10.0.0.2"),
+            ..PodStatus::default()
+        };
         let patch = patch("u", &base, &wanted).unwrap();
         assert_eq!(
             patch,

@@ -117,17 +117,19 @@ impl StatusPublisher {
         let now = Instant::now();
         let seen_version = resource_version(pod);
         let mut slots = self.shared.slots();
-        let slot = slots.entry(spec::uid(pod).to_owned()).or_insert_with(|| Slot {
-            namespace: spec::namespace(pod).to_owned(),
-            name: spec::name(pod).to_owned(),
-            wanted: status.clone(),
-            base: Arc::default(),
-            base_version: 0,
-            due: None,
-            in_flight: false,
-            failures: 0,
-            farewell: None,
-        });
+        let slot = slots
+            .entry(spec::uid(pod).to_owned())
+            .or_insert_with(|| Slot {
+                namespace: spec::namespace(pod).to_owned(),
+                name: spec::name(pod).to_owned(),
+                wanted: status.clone(),
+                base: Arc::default(),
+                base_version: 0,
+                due: None,
+                in_flight: false,
+                failures: 0,
+                farewell: None,
+            });
         if seen_version > slot.base_version || slot.base_version == 0 {
             slot.base = Arc::new(pod.status.clone().unwrap_or_default());
             slot.base_version = seen_version;
@@ -152,17 +154,27 @@ impl StatusPublisher {
 
     /// The task that sends.
     pub fn task<A: StatusApi>(&self, api: A) -> PublishTask<A> {
-        PublishTask { shared: self.shared.clone(), api: Arc::new(api) }
+        PublishTask {
+            shared: self.shared.clone(),
+            api: Arc::new(api),
+        }
     }
 }
 
 /// Whether somebody waits for what changed: an end, an address, readiness, a restart.
 fn is_urgent(base: &PodStatus, wanted: &PodStatus) -> bool {
     let ready = |s: &PodStatus| {
-        s.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True")
+        s.conditions
+            .iter()
+            .flatten()
+            .any(|c| c.type_ == "Ready" && c.status == "True")
     };
     let restarts = |s: &PodStatus| -> i64 {
-        s.container_statuses.iter().flatten().map(|c| i64::from(c.restart_count)).sum()
+        s.container_statuses
+            .iter()
+            .flatten()
+            .map(|c| i64::from(c.restart_count))
+            .sum()
     };
     is_terminal_phase(wanted) != is_terminal_phase(base)
         || ready(base) != ready(wanted)
@@ -172,7 +184,11 @@ fn is_urgent(base: &PodStatus, wanted: &PodStatus) -> bool {
 
 /// A resourceVersion as a number (allowed since Kubernetes 1.35); 0 without one.
 fn resource_version(pod: &Pod) -> u64 {
-    pod.metadata.resource_version.as_deref().and_then(|v| v.parse().ok()).unwrap_or(0)
+    pod.metadata
+        .resource_version
+        .as_deref()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(0)
 }
 
 /// Sends statuses.
@@ -211,7 +227,11 @@ impl<A: StatusApi> PublishTask<A> {
                 let api = self.api.clone();
                 flying.spawn(async move { send(&*api, job).await });
             }
-            let next_due = if flying.len() < PARALLEL { self.next_due() } else { None };
+            let next_due = if flying.len() < PARALLEL {
+                self.next_due()
+            } else {
+                None
+            };
             tokio::select! {
                 () = cancel.cancelled() => return,
                 () = self.shared.changed.notified() => {}
@@ -253,13 +273,20 @@ impl<A: StatusApi> PublishTask<A> {
     }
 
     fn next_due(&self) -> Option<Instant> {
-        self.shared.slots().values().filter(|s| !s.in_flight).filter_map(|s| s.due).min()
+        self.shared
+            .slots()
+            .values()
+            .filter(|s| !s.in_flight)
+            .filter_map(|s| s.due)
+            .min()
     }
 
     /// Notes the outcome of a request.
     fn settle(&self, done: Done) {
         let mut slots = self.shared.slots();
-        let Some(slot) = slots.get_mut(&done.uid) else { return };
+        let Some(slot) = slots.get_mut(&done.uid) else {
+            return;
+        };
         slot.in_flight = false;
         match done.result {
             Ok(version) => {
@@ -277,7 +304,10 @@ impl<A: StatusApi> PublishTask<A> {
                 }
             }
             Err(StatusApiError::Gone) => {
-                debug!(uid = done.uid, "Pod is gone from the apiserver, status dropped");
+                debug!(
+                    uid = done.uid,
+                    "Pod is gone from the apiserver, status dropped"
+                );
                 if let Some(mut slot) = slots.remove(&done.uid)
                     && let Some(farewell) = slot.farewell.take()
                 {
@@ -285,7 +315,12 @@ impl<A: StatusApi> PublishTask<A> {
                 }
             }
             Err(StatusApiError::Refused(message)) if !done.delete => {
-                warn!(uid = done.uid, pod = slot.name, message, "Status refused by the apiserver");
+                warn!(
+                    uid = done.uid,
+                    pod = slot.name,
+                    message,
+                    "Status refused by the apiserver"
+                );
                 slot.base = done.sent;
             }
             Err(error) => {
@@ -317,7 +352,10 @@ async fn send<A: StatusApi>(api: &A, job: Job) -> Done {
                 Ok(v) => version = Some(v),
                 // The deletion is to be confirmed even if the last words are not liked.
                 Err(StatusApiError::Refused(message)) if job.delete => {
-                    warn!(pod = job.name, message, "Last status refused by the apiserver");
+                    warn!(
+                        pod = job.name,
+                        message, "Last status refused by the apiserver"
+                    );
                 }
                 Err(error) => return Err(error),
             }
@@ -327,7 +365,12 @@ async fn send<A: StatusApi>(api: &A, job: Job) -> Done {
         }
         Ok(version)
     };
-    Done { result: result.await, uid: job.uid, sent: job.sent, delete: job.delete }
+    Done {
+        result: result.await,
+        uid: job.uid,
+        sent: job.sent,
+        delete: job.delete,
+    }
 }
 
 /// The apiserver.
@@ -417,7 +460,9 @@ impl StatusApi for KubeStatusApi {
             "apiVersion": "v1", "kind": "DeleteOptions",
             "gracePeriodSeconds": 0, "preconditions": {"uid": uid},
         });
-        let answer = self.request(http::Method::DELETE, uri, "application/json", &body).await;
+        let answer = self
+            .request(http::Method::DELETE, uri, "application/json", &body)
+            .await;
         answer.map(drop)
     }
 }
@@ -476,7 +521,10 @@ mod tests {
     }
 
     fn status(phase: &str) -> Arc<PodStatus> {
-        Arc::new(PodStatus { phase: Some(phase.to_owned()), ..PodStatus::default() })
+        Arc::new(PodStatus {
+            phase: Some(phase.to_owned()),
+            ..PodStatus::default()
+        })
     }
 
     fn start(api: &Arc<FakeApi>) -> (StatusPublisher, CancellationToken) {
@@ -506,7 +554,10 @@ mod tests {
         let down = || StatusApiError::Unavailable("connection refused".to_owned());
         api.failures.lock().unwrap().extend([down(), down()]);
         let (publisher, cancel) = start(&api);
-        publisher.farewell(&pod(), status("Succeeded")).await.unwrap();
+        publisher
+            .farewell(&pod(), status("Succeeded"))
+            .await
+            .unwrap();
         let calls = api.wait_for(4).await;
         assert_eq!(calls.last().unwrap(), "delete web u1");
         assert_eq!(calls.iter().filter(|c| c.starts_with("delete")).count(), 1);
@@ -518,7 +569,10 @@ mod tests {
         let api = Arc::new(FakeApi::default());
         api.failures.lock().unwrap().push(StatusApiError::Gone);
         let (publisher, cancel) = start(&api);
-        publisher.farewell(&pod(), status("Succeeded")).await.unwrap();
+        publisher
+            .farewell(&pod(), status("Succeeded"))
+            .await
+            .unwrap();
         assert_eq!(api.wait_for(1).await.len(), 1);
         cancel.cancel();
     }

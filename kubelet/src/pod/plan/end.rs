@@ -45,7 +45,11 @@ fn kill(input: &PlanInput<'_>, ending: &Terminating, plan: &mut PodPlan) -> bool
     let last = alive.iter().filter_map(|c| sidecar_rank(c)).max();
     for container in &alive {
         let rank = sidecar_rank(container);
-        let turn = if mains_alive { rank.is_none() } else { rank == last };
+        let turn = if mains_alive {
+            rank.is_none()
+        } else {
+            rank == last
+        };
         if !turn {
             continue;
         }

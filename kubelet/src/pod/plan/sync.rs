@@ -7,9 +7,6 @@ use crate::pod::state::{Cause, CrashBackoff, Lifecycle, Step, UnhealthyKind};
 use k8s_openapi::api::core::v1::PodSpec;
 use runtime::service::{ContainerState, ContainerStatus, SandboxState, SandboxStatus};
 
-/// The annotation that keeps [`spec::spec_hash`] on an instance.
-pub const HASH_ANNOTATION: &str = "io.kubernetes.container.hash";
-
 /// A container that shall get a new instance.
 struct Wanted<'a> {
     container: ContainerRef<'a>,
@@ -35,18 +32,29 @@ pub(super) fn verdict(input: &PlanInput<'_>) -> Option<Cause> {
     let failed_init = spec::containers(spec).any(|c| {
         c.kind == ContainerKind::Init
             && over(c)
-            && input.observed.newest(&c.spec.name).and_then(observe::exit).is_some_and(|e| e.0 != 0)
+            && input
+                .observed
+                .newest(&c.spec.name)
+                .and_then(observe::exit)
+                .is_some_and(|e| e.0 != 0)
     });
-    let mut mains = spec::containers(spec).filter(|c| c.kind == ContainerKind::Main).peekable();
+    let mut mains = spec::containers(spec)
+        .filter(|c| c.kind == ContainerKind::Main)
+        .peekable();
     let mains_over = mains.peek().is_some() && mains.all(over);
     (failed_init || mains_over).then_some(Cause::Completed)
 }
 
 /// Plans a running pod.
 pub(super) fn plan(input: &PlanInput<'_>) -> PodPlan {
-    let mut plan = PodPlan { lifecycle: Lifecycle::Syncing, ..PodPlan::default() };
+    let mut plan = PodPlan {
+        lifecycle: Lifecycle::Syncing,
+        ..PodPlan::default()
+    };
     plan.wake_at(super::deadline_ns(input));
-    let Some(spec) = input.spec() else { return plan };
+    let Some(spec) = input.spec() else {
+        return plan;
+    };
     if input.steps.volumes.is_due(input.now_ns) {
         plan.actions.push(Action::PrepareVolumes);
     }
@@ -97,8 +105,10 @@ fn sandbox<'a>(input: &PlanInput<'a>, plan: &mut PodPlan) -> Option<&'a SandboxS
 /// Kills instances that failed a probe or whose image changed.
 fn replace_unfit(input: &PlanInput<'_>, spec: &PodSpec, plan: &mut PodPlan) {
     for container in spec::containers(spec) {
-        let Some(instance) =
-            input.observed.newest(&container.spec.name).filter(|c| observe::is_running(c))
+        let Some(instance) = input
+            .observed
+            .newest(&container.spec.name)
+            .filter(|c| observe::is_running(c))
         else {
             continue;
         };
@@ -133,7 +143,7 @@ fn replace_unfit(input: &PlanInput<'_>, spec: &PodSpec, plan: &mut PodPlan) {
 /// Whether an instance was made from another image than the spec asks for now. Finished init
 /// containers do not matter.
 fn is_outdated(container: ContainerRef<'_>, instance: &ContainerStatus) -> bool {
-    let recorded = instance.config.annotations.get(HASH_ANNOTATION);
+    let recorded = instance.config.annotations.get(spec::HASH_ANNOTATION);
     container.kind != ContainerKind::Init
         && recorded.is_some_and(|hash| *hash != spec::spec_hash(container.spec))
 }
@@ -157,8 +167,9 @@ fn wanted<'a>(
         let current = newest.filter(|c| in_sandbox(c));
         match container.kind {
             ContainerKind::Init => {
-                let succeeded =
-                    current.and_then(observe::exit).is_some_and(|(code, _)| code == 0);
+                let succeeded = current
+                    .and_then(observe::exit)
+                    .is_some_and(|(code, _)| code == 0);
                 if initialized || blocked || succeeded {
                     continue;
                 }
@@ -206,7 +217,12 @@ fn want<'a>(
     }
     let Some(newest) = newest else {
         let attempt = reported_restarts(input, container);
-        return Some(Wanted { container, attempt, replaces: None, finished_ns: None });
+        return Some(Wanted {
+            container,
+            attempt,
+            replaces: None,
+            finished_ns: None,
+        });
     };
     match &newest.state {
         // Its maker was killed before it started; nobody saw it run.
@@ -217,7 +233,11 @@ fn want<'a>(
             finished_ns: None,
         }),
         ContainerState::Running { .. } => None,
-        ContainerState::Exited { exit_code, finished_at_ns, .. } => {
+        ContainerState::Exited {
+            exit_code,
+            finished_at_ns,
+            ..
+        } => {
             // In a new sandbox init containers run again even if they succeeded before.
             let again = container.kind == ContainerKind::Init && current.is_none();
             if !again && !spec::should_restart(spec, container, *exit_code) {
@@ -274,7 +294,11 @@ fn reported_restarts(input: &PlanInput<'_>, container: ContainerRef<'_>) -> u32 
     statuses
         .and_then(|all| all.iter().find(|s| s.name == container.spec.name))
         .filter(|s| s.container_id.as_deref().is_some_and(|id| !id.is_empty()))
-        .map_or(0, |s| u32::try_from(s.restart_count).unwrap_or(0).saturating_add(1))
+        .map_or(0, |s| {
+            u32::try_from(s.restart_count)
+                .unwrap_or(0)
+                .saturating_add(1)
+        })
 }
 
 /// Images of containers that never ran are fetched beside everything else.
@@ -292,11 +316,16 @@ fn ensure_image(input: &PlanInput<'_>, name: &str, plan: &mut PodPlan) -> bool {
     if let Some(failure) = step.and_then(Step::failure) {
         plan.waiting.insert(
             name.to_owned(),
-            Waiting { reason: failure.reason.clone(), message: failure.message.clone() },
+            Waiting {
+                reason: failure.reason.clone(),
+                message: failure.message.clone(),
+            },
         );
     }
     plan.wake_at(step.and_then(Step::retry_at_ns));
-    let action = Action::EnsureImage { container: name.to_owned() };
+    let action = Action::EnsureImage {
+        container: name.to_owned(),
+    };
     if step.is_none_or(|s| s.is_due(input.now_ns)) && !plan.actions.contains(&action) {
         plan.actions.push(action);
     }
@@ -316,7 +345,10 @@ fn start(
     if let Some(failure) = step.and_then(Step::failure) {
         plan.waiting.insert(
             name.clone(),
-            Waiting { reason: failure.reason.clone(), message: failure.message.clone() },
+            Waiting {
+                reason: failure.reason.clone(),
+                message: failure.message.clone(),
+            },
         );
     }
     plan.wake_at(step.and_then(Step::retry_at_ns));

@@ -1,0 +1,306 @@
+//! Who has a worker: one per pod UID, from the first sight of a pod until nothing of it is left.
+//!
+//! One task reads the source's changes, the engine's news and probe verdicts, and passes them to
+//! workers; it waits for nothing. A pod whose namesake (same namespace and name, another UID) is
+//! still here queues behind it. A finished UID never gets a second worker. After the first full
+//! sync, and at every audit, pods that the node holds but nobody wants are ended and cleaned up.
+
+use super::environment::PodEnvironment;
+use super::spec;
+use super::state::Cause;
+use super::worker::{Desired, Mailbox, Worker, WorkerDeps};
+use crate::events::EventType;
+use crate::probes::ProbeUpdate;
+use crate::source::PodChange;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use runtime::service::{RuntimeEvent, RuntimeService};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{broadcast, mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+/// How often every worker looks again although nothing happened, and leftovers are looked for.
+/// It only checks: nothing should ever be found.
+const AUDIT: Duration = Duration::from_secs(60);
+
+/// A pod with a worker.
+#[derive(Debug)]
+struct Handle {
+    desired: watch::Sender<Desired>,
+    mailbox: Arc<Mailbox>,
+}
+
+/// Gives pods their workers.
+#[derive(Debug)]
+pub struct Manager<R: RuntimeService, E: PodEnvironment> {
+    deps: Arc<WorkerDeps<R, E>>,
+    workers: HashMap<String, Handle>,
+    /// Pods that wait for their namesake, oldest first.
+    queued: Vec<Desired>,
+    /// UIDs that are finished but that the source still shows.
+    finished: HashSet<String>,
+    synced: bool,
+    tasks: JoinSet<String>,
+}
+
+/// What the manager listens to.
+#[derive(Debug)]
+pub struct Inputs {
+    /// Desired pods.
+    pub changes: mpsc::Receiver<PodChange>,
+    /// Probe verdicts.
+    pub probes: mpsc::Receiver<ProbeUpdate>,
+}
+
+impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
+    /// Without pods.
+    pub fn new(deps: Arc<WorkerDeps<R, E>>) -> Self {
+        Self {
+            deps,
+            workers: HashMap::new(),
+            queued: Vec::new(),
+            finished: HashSet::new(),
+            synced: false,
+            tasks: JoinSet::new(),
+        }
+    }
+
+    /// Runs until cancelled. Running containers are left alone then.
+    pub async fn run(mut self, mut inputs: Inputs, cancel: CancellationToken) {
+        let mut news = self.deps.runtime.events();
+        let mut audit = tokio::time::interval(AUDIT);
+        audit.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => break,
+                change = inputs.changes.recv() => match change {
+                    Some(change) => self.change(change),
+                    None => break,
+                },
+                Some(update) = inputs.probes.recv() => {
+                    if let Some(worker) = self.workers.get(&update.pod_uid) {
+                        worker.mailbox.probe(update);
+                    }
+                }
+                event = news.recv() => self.news(event),
+                Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
+                    self.worker_ended(ended);
+                }
+                _ = audit.tick() => self.audit(),
+            }
+        }
+        self.tasks.shutdown().await;
+    }
+
+    fn change(&mut self, change: PodChange) {
+        match change {
+            PodChange::Set(pod) => self.set(pod),
+            PodChange::Gone(pod) => self.gone(pod),
+            PodChange::Synced => {
+                if !std::mem::replace(&mut self.synced, true) {
+                    info!(pods = self.workers.len(), "Pods are synced");
+                }
+                self.end_unknown();
+            }
+        }
+    }
+
+    /// A pod is new or changed.
+    fn set(&mut self, pod: Arc<Pod>) {
+        let uid = spec::uid(&pod).to_owned();
+        if self.finished.contains(&uid) {
+            return;
+        }
+        if let Some(worker) = self.workers.get(&uid) {
+            worker.desired.send_modify(|d| d.pod = pod);
+            return;
+        }
+        if let Some(waiting) = self.queued.iter_mut().find(|d| spec::uid(&d.pod) == uid) {
+            waiting.pod = pod;
+            return;
+        }
+        let desired = Desired {
+            pod,
+            gone: false,
+            rejected: None,
+        };
+        if self.has_namesake(&desired.pod) {
+            info!(
+                pod = spec::describe(&desired.pod),
+                "Pod waits for its namesake to end"
+            );
+            self.queued.push(desired);
+        } else {
+            self.start(desired);
+        }
+    }
+
+    /// The source no longer has a pod.
+    fn gone(&mut self, pod: Arc<Pod>) {
+        let uid = spec::uid(&pod);
+        self.finished.remove(uid);
+        self.queued.retain(|d| spec::uid(&d.pod) != uid);
+        if let Some(worker) = self.workers.get(uid) {
+            worker.desired.send_modify(|d| {
+                d.pod = pod.clone();
+                d.gone = true;
+            });
+        }
+    }
+
+    /// Whether another pod of that name is still here.
+    fn has_namesake(&self, pod: &Pod) -> bool {
+        let name = |p: &Pod| (p.metadata.namespace.clone(), p.metadata.name.clone());
+        self.workers
+            .values()
+            .any(|w| name(&w.desired.borrow().pod) == name(pod))
+    }
+
+    /// Gives a pod its worker, after admission if it is new to this node.
+    fn start(&mut self, mut desired: Desired) {
+        let uid = spec::uid(&desired.pod).to_owned();
+        if self.is_new(&desired, &uid) {
+            let others: Vec<_> = self
+                .workers
+                .values()
+                .map(|w| w.desired.borrow().pod.clone())
+                .filter(|p| !spec::is_terminal(p))
+                .collect();
+            if let Err(refusal) = self.deps.environment.admit(&desired.pod, &others) {
+                let warning = EventType::Warning;
+                let text = &refusal.message;
+                self.deps
+                    .events
+                    .pod_event(&desired.pod, None, warning, &refusal.reason, text);
+                desired.rejected = Some(Cause::Failed {
+                    reason: refusal.reason,
+                    message: format!("Pod was rejected: {}", refusal.message),
+                });
+            }
+        }
+        let mailbox = Arc::new(Mailbox::default());
+        let (tx, rx) = watch::channel(desired);
+        let worker = Worker::new(self.deps.clone(), rx, mailbox.clone());
+        self.workers.insert(
+            uid.clone(),
+            Handle {
+                desired: tx,
+                mailbox,
+            },
+        );
+        self.tasks.spawn(async move {
+            worker.run().await;
+            uid
+        });
+    }
+
+    /// Whether a pod has nothing on this node yet and wants to run.
+    fn is_new(&self, desired: &Desired, uid: &str) -> bool {
+        !desired.gone
+            && desired.pod.metadata.deletion_timestamp.is_none()
+            && !spec::is_terminal(&desired.pod)
+            && !self
+                .deps
+                .runtime
+                .list_sandboxes()
+                .iter()
+                .any(|s| s.config.uid == uid)
+    }
+
+    fn news(&mut self, event: Result<RuntimeEvent, broadcast::error::RecvError>) {
+        match event {
+            Ok(RuntimeEvent::Changed { pod_uid, .. }) => {
+                if let Some(worker) = self.workers.get(&pod_uid) {
+                    worker.mailbox.wake();
+                }
+            }
+            Err(broadcast::error::RecvError::Lagged(missed)) => {
+                warn!(missed, "Engine news missed, looking at all pods");
+                self.wake_all();
+            }
+            // The engine lives as long as the agent.
+            Err(broadcast::error::RecvError::Closed) => {}
+        }
+    }
+
+    fn wake_all(&self) {
+        for worker in self.workers.values() {
+            worker.mailbox.wake();
+        }
+    }
+
+    fn audit(&mut self) {
+        self.wake_all();
+        if self.synced {
+            self.end_unknown();
+        }
+    }
+
+    /// A worker's pod is finished: its namesake may start.
+    fn worker_ended(&mut self, ended: Result<String, tokio::task::JoinError>) {
+        let uid = match ended {
+            Ok(uid) => uid,
+            Err(error) => {
+                // Its handle stays: better a pod without a worker than two workers.
+                warn!(%error, "Pod worker panicked");
+                return;
+            }
+        };
+        if let Some(worker) = self.workers.remove(&uid)
+            && !worker.desired.borrow().gone
+        {
+            self.finished.insert(uid);
+        }
+        let mut still = Vec::new();
+        for desired in std::mem::take(&mut self.queued) {
+            if self.has_namesake(&desired.pod) {
+                still.push(desired);
+            } else {
+                self.start(desired);
+            }
+        }
+        self.queued = still;
+    }
+
+    /// Ends what the node holds of pods nobody wants.
+    fn end_unknown(&mut self) {
+        let mut unknown: BTreeMap<String, (String, String)> = BTreeMap::new();
+        for sandbox in self.deps.runtime.list_sandboxes() {
+            let config = sandbox.config;
+            unknown.insert(config.uid, (config.namespace, config.name));
+        }
+        for uid in self.deps.environment.leftovers() {
+            unknown.entry(uid).or_default();
+        }
+        unknown.retain(|uid, _| {
+            !self.workers.contains_key(uid)
+                && !self.queued.iter().any(|d| spec::uid(&d.pod) == uid)
+                && !self.finished.contains(uid)
+        });
+        for (uid, (namespace, name)) in unknown {
+            info!(
+                uid,
+                namespace, name, "Pod is unknown to the apiserver, ending it"
+            );
+            let metadata = ObjectMeta {
+                uid: Some(uid),
+                namespace: Some(namespace),
+                name: Some(name),
+                ..ObjectMeta::default()
+            };
+            let pod = Arc::new(Pod {
+                metadata,
+                ..Pod::default()
+            });
+            self.start(Desired {
+                pod,
+                gone: true,
+                rejected: None,
+            });
+        }
+    }
+}

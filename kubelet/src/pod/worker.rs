@@ -1,0 +1,622 @@
+//! One task per pod UID. It looks at everything, asks [`plan`](super::plan::plan), starts the
+//! actions, reports, and sleeps until something changed: the desired pod, the runtime, a probe,
+//! an action that ended, a time the plan named. It never waits for an action; several run side by
+//! side, and what is under way is in [`Steps`].
+//!
+//! Dropping the task (the agent stops) drops its actions and touches no container.
+
+use super::environment::PodEnvironment;
+use super::execute::{self, Ended, Outcome};
+use super::index::{ContainerRefs, PodEntry, PodIndex};
+use super::plan::{self, Action, KillReason, PlanInput, PodPlan, Waiting};
+use super::spec::{self, ContainerKind};
+use super::state::{
+    Cause, CrashBackoff, Health, Kill, Lifecycle, Steps, Terminating, UnhealthyKind,
+};
+use super::termination;
+use crate::events::{EventSink, EventType, container_path, init_container_path};
+use crate::observe::{self, PodObservation};
+use crate::probes::{Adopted, ProbeKind, ProbeTarget, ProbeUpdate, Probes};
+use crate::status::derive::{DeriveInput, derive};
+use crate::status::publish::StatusPublisher;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Container, Pod, PodStatus};
+use runtime::service::{ContainerId, ContainerState, ContainerStatus, RuntimeService};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
+use tokio::task::{AbortHandle, JoinSet};
+use tracing::{Instrument, debug, info, warn};
+
+/// What all workers share.
+#[derive(Debug)]
+pub struct WorkerDeps<R, E> {
+    /// The engine.
+    pub runtime: Arc<R>,
+    /// The node around pods.
+    pub environment: Arc<E>,
+    /// Probes.
+    pub probes: Probes<R>,
+    /// Events for users.
+    pub events: EventSink,
+    /// Where statuses go.
+    pub publisher: StatusPublisher,
+    /// What readers see.
+    pub index: PodIndex,
+}
+
+/// What a pod shall be.
+#[derive(Debug, Clone)]
+pub struct Desired {
+    /// Newest object; of an orphan only its names.
+    pub pod: Arc<Pod>,
+    /// The source no longer has it.
+    pub gone: bool,
+    /// The node refuses it.
+    pub rejected: Option<Cause>,
+}
+
+/// Ways to reach a worker besides its desired pod.
+#[derive(Debug, Default)]
+pub struct Mailbox {
+    wake: Notify,
+    probes: Mutex<Vec<ProbeUpdate>>,
+}
+
+impl Mailbox {
+    /// Something changed: look again.
+    pub fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    /// A probe's verdict changed.
+    pub fn probe(&self, update: ProbeUpdate) {
+        self.probes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(update);
+        self.wake();
+    }
+
+    fn take_probes(&self) -> Vec<ProbeUpdate> {
+        std::mem::take(&mut *self.probes.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The worker of one pod.
+pub struct Worker<R: RuntimeService, E: PodEnvironment> {
+    pub(super) deps: Arc<WorkerDeps<R, E>>,
+    desired: watch::Receiver<Desired>,
+    mailbox: Arc<Mailbox>,
+    pub(super) pod: Arc<Pod>,
+    gone: bool,
+    lifecycle: Lifecycle,
+    pub(super) steps: Steps,
+    health: Health,
+    pub(super) backoffs: BTreeMap<String, CrashBackoff>,
+    pub(super) volumes: Option<E::Volumes>,
+    pub(super) images: BTreeMap<String, E::Image>,
+    messages: BTreeMap<ContainerId, String>,
+    announced_backoff: BTreeMap<String, ContainerId>,
+    status: Arc<PodStatus>,
+    published: bool,
+    start_time: Timestamp,
+    adopting: bool,
+    pub(super) actions: JoinSet<Outcome<E>>,
+    pulls: Vec<AbortHandle>,
+    panicked: bool,
+}
+
+impl<R: RuntimeService, E: PodEnvironment> std::fmt::Debug for Worker<R, E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Worker")
+            .field("pod", &spec::describe(&self.pod))
+            .field("lifecycle", &self.lifecycle)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
+    /// A worker for the pod in `desired`.
+    pub fn new(
+        deps: Arc<WorkerDeps<R, E>>,
+        desired: watch::Receiver<Desired>,
+        mailbox: Arc<Mailbox>,
+    ) -> Self {
+        let first = desired.borrow().clone();
+        let reported = first.pod.status.clone().unwrap_or_default();
+        let start_time = reported
+            .start_time
+            .as_ref()
+            .map_or_else(Timestamp::now, |t| t.0);
+        let lifecycle = if let Some(cause) = first.rejected {
+            Lifecycle::Terminating(Terminating { cause, grace_s: 0 })
+        } else if spec::is_terminal(&first.pod) {
+            // It ended before this agent knew it: never started again, only cleaned up.
+            let grace_s = spec::grace_seconds(&first.pod);
+            Lifecycle::Terminating(Terminating {
+                cause: Cause::Completed,
+                grace_s,
+            })
+        } else {
+            Lifecycle::Syncing
+        };
+        Self {
+            deps,
+            desired,
+            mailbox,
+            pod: first.pod,
+            gone: first.gone,
+            lifecycle,
+            steps: Steps::default(),
+            health: Health::default(),
+            backoffs: BTreeMap::new(),
+            volumes: None,
+            images: BTreeMap::new(),
+            messages: BTreeMap::new(),
+            announced_backoff: BTreeMap::new(),
+            status: Arc::new(reported),
+            published: false,
+            start_time,
+            adopting: true,
+            actions: JoinSet::new(),
+            pulls: Vec::new(),
+            panicked: false,
+        }
+    }
+
+    /// Runs until the pod is finished: nothing of it is left.
+    pub async fn run(mut self) {
+        let span = tracing::info_span!(
+            "pod",
+            pod = format!("{}/{}", spec::namespace(&self.pod), spec::name(&self.pod)),
+            uid = spec::uid(&self.pod)
+        );
+        async move {
+            loop {
+                self.take_desired();
+                let wake_at_ns = match self.step() {
+                    Next::Finished => break,
+                    Next::Again => continue,
+                    Next::Wait(at) => at,
+                };
+                self.wait(wake_at_ns).await;
+            }
+            let uid = spec::uid(&self.pod);
+            self.deps.probes.remove_pod(uid);
+            self.deps.index.remove(uid);
+            self.deps.publisher.forget(uid);
+            info!("Pod is finished");
+        }
+        .instrument(span)
+        .await;
+    }
+
+    /// Reads the newest desire.
+    fn take_desired(&mut self) {
+        if !self.desired.has_changed().unwrap_or(false) {
+            return;
+        }
+        let newest = self.desired.borrow_and_update().clone();
+        let old = std::mem::replace(&mut self.pod, newest.pod);
+        self.gone |= newest.gone;
+        self.published = false;
+        let shown = |p: &Pod| (p.metadata.labels.clone(), p.metadata.annotations.clone());
+        if self.volumes.is_some() && shown(&old) != shown(&self.pod) {
+            let environment = self.deps.environment.clone();
+            let pod = self.pod.clone();
+            self.actions.spawn(async move {
+                environment.update_volumes(&pod).await;
+                Outcome {
+                    ended: Ended::VolumesUpdated,
+                    result: Ok(()),
+                }
+            });
+        }
+    }
+
+    /// One look: observe, plan, report, act.
+    fn step(&mut self) -> Next {
+        let now = Timestamp::now();
+        if self.panicked && self.actions.is_empty() {
+            // Its step would be in flight for ever. All steps are idempotent, and none is under
+            // way that could be done twice.
+            self.panicked = false;
+            self.steps = Steps::default();
+        }
+        let observed = PodObservation::read(&*self.deps.runtime, spec::uid(&self.pod));
+        self.take_probes();
+        self.track(&observed);
+        let plan = plan::plan(&PlanInput {
+            pod: &self.pod,
+            gone: self.gone,
+            lifecycle: &self.lifecycle,
+            observed: &observed,
+            steps: &self.steps,
+            health: &self.health,
+            backoffs: &self.backoffs,
+            start_time_ns: nanoseconds(self.start_time),
+            now_ns: nanoseconds(now),
+        });
+        let PodPlan {
+            lifecycle,
+            actions,
+            waiting,
+            wake_at_ns,
+        } = plan;
+        let moved = lifecycle != self.lifecycle;
+        if moved {
+            self.enter(lifecycle);
+        }
+        self.announce_backoff(&observed, &waiting);
+        self.report(&observed, &waiting, now);
+        for action in actions {
+            debug!(?action, "Action begins");
+            self.begin(action, &observed);
+        }
+        match (&self.lifecycle, moved) {
+            (Lifecycle::Finished, _) => Next::Finished,
+            (_, true) => Next::Again,
+            (_, false) => Next::Wait(wake_at_ns),
+        }
+    }
+
+    /// Goes to the next state.
+    fn enter(&mut self, lifecycle: Lifecycle) {
+        info!(from = ?self.lifecycle, to = ?lifecycle, "Pod state changes");
+        if let (Lifecycle::Syncing, Lifecycle::Terminating(ending)) = (&self.lifecycle, &lifecycle)
+        {
+            self.deps.probes.set_terminating(spec::uid(&self.pod));
+            // Nobody waits for these images any more; the download itself is shared and bounded.
+            for pull in self.pulls.drain(..) {
+                pull.abort();
+            }
+            if let Cause::Failed { reason, message } = &ending.cause {
+                self.deps
+                    .events
+                    .pod_event(&self.pod, None, EventType::Normal, reason, message);
+            }
+        }
+        self.lifecycle = lifecycle;
+    }
+
+    /// Sleeps until something may have changed.
+    async fn wait(&mut self, wake_at_ns: Option<i64>) {
+        let sleep = async {
+            match wake_at_ns {
+                Some(at) => {
+                    let left = at.saturating_sub(nanoseconds(Timestamp::now())).max(0);
+                    // One millisecond more: a timer that fires early would only look twice.
+                    let left = Duration::from_nanos(u64::try_from(left).unwrap_or(0));
+                    tokio::time::sleep(left + Duration::from_millis(1)).await;
+                }
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.mailbox.wake.notified() => {}
+            changed = self.desired.changed() => {
+                if changed.is_err() {
+                    // The manager is gone: the agent stops, and this task with it.
+                    std::future::pending::<()>().await;
+                }
+                self.desired.mark_changed();
+            }
+            Some(ended) = self.actions.join_next(), if !self.actions.is_empty() => {
+                self.settle_joined(ended);
+                while let Some(more) = self.actions.try_join_next() {
+                    self.settle_joined(more);
+                }
+            }
+            () = sleep => {}
+        }
+    }
+
+    fn settle_joined(&mut self, ended: Result<Outcome<E>, tokio::task::JoinError>) {
+        match ended {
+            Ok(outcome) => self.settle(outcome),
+            // An aborted pull; whatever needs it later starts anew.
+            Err(error) if error.is_cancelled() => {}
+            Err(error) => {
+                warn!(%error, "Action panicked");
+                self.panicked = true;
+            }
+        }
+    }
+
+    /// Takes probe verdicts in.
+    fn take_probes(&mut self) {
+        for update in self.mailbox.take_probes() {
+            let id = update.container_id;
+            match (update.kind, update.success) {
+                (ProbeKind::Readiness, ready) => {
+                    self.health.ready.insert(id, ready);
+                }
+                (ProbeKind::Startup, true) => {
+                    self.health.started.insert(id, true);
+                }
+                (ProbeKind::Startup, false) => {
+                    self.health.unhealthy.insert(id, UnhealthyKind::Startup);
+                }
+                (ProbeKind::Liveness, false) => {
+                    self.health.unhealthy.insert(id, UnhealthyKind::Liveness);
+                }
+                (ProbeKind::Liveness, true) => {}
+            }
+        }
+    }
+
+    /// Keeps probes, last words and step memory in line with what exists.
+    fn track(&mut self, observed: &PodObservation) {
+        let ids: BTreeSet<_> = observed.containers.iter().map(|c| c.id.clone()).collect();
+        self.health.retain(&ids);
+        self.messages.retain(|id, _| ids.contains(id));
+        self.steps
+            .kills
+            .retain(|id, k| ids.contains(id) || k.step.is_running());
+        let adopting = std::mem::replace(&mut self.adopting, false);
+        let pod = self.pod.clone();
+        let Some(spec) = pod.spec.as_ref() else {
+            return;
+        };
+        for instance in &observed.containers {
+            let Some(container) = spec::container(spec, &instance.config.name) else {
+                continue;
+            };
+            match &instance.state {
+                ContainerState::Created => {}
+                ContainerState::Running { started_at_ns, .. } => {
+                    if has_probes(container.spec) && container.kind != ContainerKind::Init {
+                        let adopted = if adopting {
+                            self.adopt(container.spec, instance)
+                        } else {
+                            None
+                        };
+                        self.probe(container.spec, instance, *started_at_ns, observed, adopted);
+                    }
+                }
+                ContainerState::Exited { .. } => {
+                    if !self.messages.contains_key(&instance.id) {
+                        self.deps.probes.remove_container(&instance.id);
+                        let words = termination::read(container.spec, instance);
+                        self.messages.insert(instance.id.clone(), words);
+                    }
+                }
+            }
+        }
+    }
+
+    /// After a restart of the agent: what the apiserver was told of an instance still holds, so
+    /// that nothing flips.
+    fn adopt(&mut self, container: &Container, instance: &ContainerStatus) -> Option<Adopted> {
+        let id = format!("ferrule://{}", instance.id);
+        let told = self.pod.status.as_ref().and_then(|s| {
+            let mut all = s
+                .container_statuses
+                .iter()
+                .chain(&s.init_container_statuses)
+                .flatten();
+            all.find(|c| c.name == instance.config.name && c.container_id.as_ref() == Some(&id))
+        })?;
+        let adopted = Adopted {
+            started: told.started == Some(true) || container.startup_probe.is_none(),
+            ready: told.ready,
+        };
+        self.health
+            .started
+            .insert(instance.id.clone(), adopted.started);
+        self.health.ready.insert(instance.id.clone(), adopted.ready);
+        Some(adopted)
+    }
+
+    /// Has a running instance probed. Idempotent.
+    fn probe(
+        &self,
+        container: &Container,
+        instance: &ContainerStatus,
+        started_at_ns: i64,
+        observed: &PodObservation,
+        adopted: Option<Adopted>,
+    ) {
+        let sandbox = observed
+            .sandboxes
+            .iter()
+            .find(|s| s.id == instance.sandbox_id);
+        let host_network = self
+            .pod
+            .spec
+            .as_ref()
+            .is_some_and(|s| s.host_network == Some(true));
+        let pod_ip = if host_network {
+            self.deps
+                .environment
+                .host_ips()
+                .first()
+                .and_then(|ip| ip.parse().ok())
+        } else {
+            sandbox.and_then(|s| s.ips.first().copied())
+        };
+        let running_ns = nanoseconds(Timestamp::now()).saturating_sub(started_at_ns);
+        self.deps.probes.ensure(ProbeTarget {
+            pod: self.pod.clone(),
+            container_name: container.name.clone(),
+            container_id: instance.id.clone(),
+            pod_ip,
+            running_for: Duration::from_nanos(u64::try_from(running_ns).unwrap_or(0)),
+            adopted,
+        });
+    }
+
+    /// Tells users once per crash that a restart has to wait.
+    fn announce_backoff(&mut self, observed: &PodObservation, waiting: &BTreeMap<String, Waiting>) {
+        for (name, _) in waiting
+            .iter()
+            .filter(|(_, w)| w.reason == "CrashLoopBackOff")
+        {
+            let Some(dead) = observed.newest_dead(name) else {
+                continue;
+            };
+            if self.announced_backoff.get(name) == Some(&dead.id) {
+                continue;
+            }
+            self.announced_backoff.insert(name.clone(), dead.id.clone());
+            let pod = spec::describe(&self.pod);
+            let text = format!("Back-off restarting failed container {name} in pod {pod}");
+            self.container_event(name, EventType::Warning, "BackOff", text);
+        }
+    }
+
+    /// An event about a container.
+    pub(super) fn container_event(&self, name: &str, type_: EventType, reason: &str, text: String) {
+        let path = field_path(&self.pod, name);
+        self.deps
+            .events
+            .pod_event(&self.pod, Some(&path), type_, reason, text);
+    }
+
+    /// Derives the status and hands it to readers and to the apiserver when it is news.
+    fn report(
+        &mut self,
+        observed: &PodObservation,
+        waiting: &BTreeMap<String, Waiting>,
+        now: Timestamp,
+    ) {
+        if self.lifecycle == Lifecycle::Finished {
+            return;
+        }
+        let host_ips = self.deps.environment.host_ips();
+        let status = derive(&DeriveInput {
+            pod: &self.pod,
+            previous: &self.status,
+            lifecycle: &self.lifecycle,
+            observed,
+            health: &self.health,
+            waiting,
+            termination_messages: &self.messages,
+            host_ips: &host_ips,
+            start_time: self.start_time,
+            now,
+        });
+        let changed = status != *self.status;
+        if !changed && self.published {
+            return;
+        }
+        if changed {
+            self.status = Arc::new(status);
+        }
+        self.published = true;
+        self.deps.index.insert(PodEntry {
+            pod: self.pod.clone(),
+            status: self.status.clone(),
+            containers: container_refs(observed),
+        });
+        // After the farewell there is nobody to tell.
+        if !self.gone && self.steps.farewell == super::state::Step::Idle {
+            self.deps.publisher.publish(&self.pod, self.status.clone());
+        }
+    }
+
+    /// Starts an action.
+    fn begin(&mut self, action: Action, observed: &PodObservation) {
+        if let Action::KillContainer {
+            id,
+            container,
+            grace_s,
+            reason,
+        } = &action
+        {
+            let kill = self
+                .steps
+                .kills
+                .entry(id.clone())
+                .or_insert_with(Kill::default);
+            let again = kill.step.is_running();
+            kill.grace_s = *grace_s;
+            kill.step.begin();
+            if !again {
+                let text = match reason {
+                    KillReason::PodEnds => format!("Stopping container {container}"),
+                    KillReason::Liveness => {
+                        format!("Container {container} failed liveness probe, will be restarted")
+                    }
+                    KillReason::Startup => {
+                        format!("Container {container} failed startup probe, will be restarted")
+                    }
+                    KillReason::SpecChanged => {
+                        format!("Container {container} definition changed, will be restarted")
+                    }
+                };
+                self.container_event(container, EventType::Normal, "Killing", text);
+            }
+        }
+        if let Action::RunSandbox { attempt } = &action
+            && *attempt > 0
+        {
+            let text = "Pod sandbox changed, it will be killed and re-created.";
+            self.deps
+                .events
+                .pod_event(&self.pod, None, EventType::Normal, "SandboxChanged", text);
+        }
+        let is_pull = matches!(action, Action::EnsureImage { .. });
+        let handle = execute::begin(self, action, observed, self.status.clone());
+        if is_pull && let Some(handle) = handle {
+            self.pulls.retain(|p| !p.is_finished());
+            self.pulls.push(handle);
+        }
+    }
+}
+
+/// What a look leads to.
+enum Next {
+    /// The state moved: look again at once.
+    Again,
+    /// Wait, at most until the time given (nanoseconds since the epoch).
+    Wait(Option<i64>),
+    /// The end.
+    Finished,
+}
+
+/// Nanoseconds since the epoch; until 2262.
+pub(super) fn nanoseconds(at: Timestamp) -> i64 {
+    i64::try_from(at.as_nanosecond()).unwrap_or(i64::MAX)
+}
+
+/// Whether anything is to be probed.
+fn has_probes(container: &Container) -> bool {
+    container.liveness_probe.is_some()
+        || container.readiness_probe.is_some()
+        || container.startup_probe.is_some()
+}
+
+/// Where in the spec a container is, for events.
+pub(super) fn field_path(pod: &Pod, name: &str) -> String {
+    let kind = pod
+        .spec
+        .as_ref()
+        .and_then(|s| spec::container(s, name))
+        .map(|c| c.kind);
+    match kind {
+        Some(ContainerKind::Init | ContainerKind::Sidecar) => init_container_path(name),
+        Some(ContainerKind::Main) | None => container_path(name),
+    }
+}
+
+/// Instances by name, for readers of logs.
+fn container_refs(observed: &PodObservation) -> BTreeMap<String, ContainerRefs> {
+    let mut refs: BTreeMap<String, ContainerRefs> = BTreeMap::new();
+    for instance in &observed.containers {
+        let entry = refs.entry(instance.config.name.clone()).or_default();
+        if entry.current.is_none() {
+            entry.current = Some(instance.id.clone());
+            // A dead container that will run again is both: its logs are the newest and the
+            // previous ones.
+            if observe::exit(instance).is_some() {
+                entry.previous = Some(instance.id.clone());
+            }
+        } else if entry.previous.is_none() || entry.previous == entry.current {
+            entry.previous = Some(instance.id.clone());
+        }
+    }
+    refs
+}
