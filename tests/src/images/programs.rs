@@ -1,0 +1,61 @@
+//! Programs inside the test images that are compiled here.
+
+use crate::artefacts::cache::{self, Inputs};
+use crate::artefacts::go;
+use crate::{command, paths};
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Sleeps, reaps, and leaves at SIGINT or SIGTERM.
+const PAUSE_SOURCE: &str = include_str!("../../images/pause.c");
+
+/// The pause program: static, a few KiB of our own and libc.
+pub(super) fn pause(cache: &Path) -> Result<PathBuf> {
+    let mut inputs = Inputs::default();
+    inputs.word(PAUSE_SOURCE);
+    let dir = cache::ensure(cache, "pause", &inputs, |dir| {
+        let source = dir.join("pause.c");
+        std::fs::write(&source, PAUSE_SOURCE)?;
+        let mut cc = Command::new("cc");
+        cc.args(["-Os", "-static", "-s", "-o"])
+            .arg(dir.join("pause"))
+            .arg(&source);
+        command::stdout(&mut cc)?;
+        Ok(())
+    })?;
+    Ok(dir.join("pause"))
+}
+
+/// agnhost itself.
+pub(super) fn agnhost() -> Result<PathBuf> {
+    Ok(go::agnhost()?.join("agnhost"))
+}
+
+/// The program of the nonewprivs image.
+pub(super) fn nnp(cache: &Path) -> Result<PathBuf> {
+    let module = module();
+    let mut inputs = Inputs::default();
+    inputs.word("nnp").word(go::KUBERNETES_VERSION);
+    let dir = cache::ensure(cache, "nnp", &inputs, |dir| {
+        let mut go = command::command("go", &["build", "-trimpath", "-ldflags=-s -w", "-o"]);
+        go.arg(dir.join("nnp"))
+            .arg("k8s.io/kubernetes/test/images/nonewprivs");
+        go.current_dir(&module).env("CGO_ENABLED", "0");
+        command::stdout(&mut go)?;
+        Ok(())
+    })?;
+    Ok(dir.join("nnp"))
+}
+
+/// Directory of the upstream images' static files.
+pub(super) fn upstream_images() -> Result<PathBuf> {
+    let mut go = command::command("go", &["list", "-m", "-f", "{{.Dir}}", "k8s.io/kubernetes"]);
+    let dir = command::stdout(go.current_dir(module()))
+        .context("find the Kubernetes module's directory")?;
+    Ok(PathBuf::from(dir.trim()).join("test/images"))
+}
+
+fn module() -> PathBuf {
+    paths::workspace().join("tests/controlplane")
+}
