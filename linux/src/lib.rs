@@ -1,6 +1,17 @@
 //! (being written)
+pub mod cgroup;
 pub mod command;
 pub mod netlink;
 pub mod nft;
 pub mod seccomp;
 pub mod sysctl;
+pub mod fs;
+pub mod mountinfo;
+pub mod netns;
+pub mod caps;
+pub mod event;
+pub mod fdpass;
+pub mod mount;
+pub mod process;
+pub mod tty;
+pub mod user;
