@@ -11,4 +11,5 @@
 //! tables, nor talk to the API server. No policy of any one plugin lives here.
 
 pub mod invoke;
+pub mod ipam;
 pub mod types;
