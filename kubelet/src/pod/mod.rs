@@ -5,6 +5,8 @@
 
 pub mod environment;
 mod execute;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod index;
 pub mod manager;
 pub mod plan;

@@ -145,8 +145,8 @@ mod tests {
         }
     }
 
-    fn pod_shim_propagation() -> pod_shim::protocol::Propagation {
-        pod_shim::protocol::Propagation::default()
+    fn pod_shim_propagation() -> runtime::service::Propagation {
+        runtime::service::Propagation::default()
     }
 
     fn check(policy: &str, file: &str, exit_code: i32, expected: &str) {
