@@ -33,7 +33,11 @@ pub(crate) fn deleting(mut pod: Pod, grace_s: i64) -> Pod {
 pub(crate) fn sandbox(attempt: u32, state: SandboxState) -> SandboxStatus {
     SandboxStatus {
         id: SandboxId(format!("s{attempt}")),
-        config: SandboxConfig { uid: "u1".to_owned(), attempt, ..SandboxConfig::default() },
+        config: SandboxConfig {
+            uid: "u1".to_owned(),
+            attempt,
+            ..SandboxConfig::default()
+        },
         state,
         created_at_ns: i64::from(attempt),
         ips: vec!["10.0.0.5".parse().unwrap()],
@@ -77,7 +81,10 @@ pub(crate) fn container(
 
 /// Running since 1 s.
 pub(crate) fn running() -> ContainerState {
-    ContainerState::Running { started_at_ns: 1_000_000_000, pid: 7 }
+    ContainerState::Running {
+        started_at_ns: 1_000_000_000,
+        pid: 7,
+    }
 }
 
 /// Ended at the given second.

@@ -15,7 +15,7 @@ use crate::source::PodChange;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use runtime::service::{RuntimeEvent, RuntimeService};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{broadcast, mpsc, watch};
@@ -34,6 +34,33 @@ struct Handle {
     mailbox: Arc<Mailbox>,
 }
 
+/// The UIDs that finished last, as many as could still be shown by a stale list.
+#[derive(Debug, Default)]
+struct Tombstones {
+    known: HashSet<String>,
+    order: VecDeque<String>,
+}
+
+impl Tombstones {
+    /// A full day of a busy node.
+    const MAX: usize = 8192;
+
+    fn contains(&self, uid: &str) -> bool {
+        self.known.contains(uid)
+    }
+
+    fn insert(&mut self, uid: String) {
+        if self.known.insert(uid.clone()) {
+            self.order.push_back(uid);
+        }
+        if self.order.len() > Self::MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.known.remove(&oldest);
+        }
+    }
+}
+
 /// Gives pods their workers.
 #[derive(Debug)]
 pub struct Manager<R: RuntimeService, E: PodEnvironment> {
@@ -41,8 +68,9 @@ pub struct Manager<R: RuntimeService, E: PodEnvironment> {
     workers: HashMap<String, Handle>,
     /// Pods that wait for their namesake, oldest first.
     queued: Vec<Desired>,
-    /// UIDs that are finished but that the source still shows.
-    finished: HashSet<String>,
+    /// UIDs that are finished: never taken up again, not even when a list from a stale cache of
+    /// the apiserver shows them once more.
+    finished: Tombstones,
     synced: bool,
     tasks: JoinSet<String>,
 }
@@ -63,7 +91,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
             deps,
             workers: HashMap::new(),
             queued: Vec::new(),
-            finished: HashSet::new(),
+            finished: Tombstones::default(),
             synced: false,
             tasks: JoinSet::new(),
         }
@@ -142,7 +170,6 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
     /// The source no longer has a pod.
     fn gone(&mut self, pod: Arc<Pod>) {
         let uid = spec::uid(&pod);
-        self.finished.remove(uid);
         self.queued.retain(|d| spec::uid(&d.pod) != uid);
         if let Some(worker) = self.workers.get(uid) {
             worker.desired.send_modify(|d| {
@@ -250,11 +277,8 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
                 return;
             }
         };
-        if let Some(worker) = self.workers.remove(&uid)
-            && !worker.desired.borrow().gone
-        {
-            self.finished.insert(uid);
-        }
+        self.workers.remove(&uid);
+        self.finished.insert(uid);
         let mut still = Vec::new();
         for desired in std::mem::take(&mut self.queued) {
             if self.has_namesake(&desired.pod) {

@@ -13,4 +13,6 @@ pub mod plan;
 pub mod spec;
 pub mod state;
 mod termination;
+#[cfg(test)]
+mod tests;
 pub mod worker;

@@ -64,7 +64,8 @@ fn one(
     let completed_init = container.kind == ContainerKind::Init
         && state.terminated.as_ref().is_some_and(|t| t.exit_code == 0);
     let ready = completed_init
-        || started
+        || container.kind != ContainerKind::Init
+            && started
             && newest.is_some_and(|c| {
                 container.spec.readiness_probe.is_none()
                     || input.health.ready.get(&c.id) == Some(&true)

@@ -8,3 +8,5 @@ mod containers;
 pub mod derive;
 mod patch;
 pub mod publish;
+#[cfg(test)]
+mod tests;

@@ -139,7 +139,9 @@ impl StatusPublisher {
         if last {
             slot.farewell = farewell;
         }
-        let urgent = last || is_urgent(&slot.base, &slot.wanted);
+        // A pod being deleted ends with the farewell, a moment later: one request for both.
+        let ending = pod.metadata.deletion_timestamp.is_some();
+        let urgent = last || !ending && is_urgent(&slot.base, &slot.wanted);
         let at = if urgent { now } else { now + COALESCE };
         // A status already on its way to be sent is not put off by a newer one, and a failed
         // request keeps its back-off.

@@ -153,7 +153,10 @@ pub fn plan(input: &PlanInput<'_>) -> PodPlan {
         Lifecycle::Syncing => sync::plan(input),
         Lifecycle::Terminating(ending) => end::plan(input, ending),
         Lifecycle::Terminated(cause) => end::plan_removal(input, cause),
-        Lifecycle::Finished => PodPlan { lifecycle, ..PodPlan::default() },
+        Lifecycle::Finished => PodPlan {
+            lifecycle,
+            ..PodPlan::default()
+        },
     }
 }
 
@@ -164,7 +167,10 @@ fn advance(input: &PlanInput<'_>) -> Lifecycle {
     match input.lifecycle {
         Lifecycle::Syncing => {
             if let Some(grace_s) = deletion {
-                Lifecycle::Terminating(Terminating { cause: Cause::Deleted, grace_s })
+                Lifecycle::Terminating(Terminating {
+                    cause: Cause::Deleted,
+                    grace_s,
+                })
             } else if let Some(cause) = overdue(input).or_else(|| sync::verdict(input)) {
                 let grace_s = spec::grace_seconds(input.pod);
                 Lifecycle::Terminating(Terminating { cause, grace_s })
@@ -184,7 +190,11 @@ fn advance(input: &PlanInput<'_>) -> Lifecycle {
 /// When `activeDeadlineSeconds` runs out, nanoseconds since the epoch.
 fn deadline_ns(input: &PlanInput<'_>) -> Option<i64> {
     let seconds = input.spec()?.active_deadline_seconds?;
-    Some(input.start_time_ns.saturating_add(seconds.saturating_mul(1_000_000_000)))
+    Some(
+        input
+            .start_time_ns
+            .saturating_add(seconds.saturating_mul(1_000_000_000)),
+    )
 }
 
 /// The cause of death of a pod past its deadline.

@@ -1,7 +1,5 @@
 use super::*;
-use crate::pod::fixture::{
-    container, deleting, exited, observed, pod, running, sandbox, simple,
-};
+use crate::pod::fixture::{container, deleting, exited, observed, pod, running, sandbox, simple};
 use crate::pod::state::{Failure, Kill, SECOND_NS, Step, UnhealthyKind};
 use runtime::service::{ContainerState, SandboxState};
 use serde_json::json;
@@ -21,8 +19,11 @@ struct Case {
 impl Case {
     fn new(pod: Pod, observed: PodObservation) -> Self {
         let images = ["a", "b", "i", "j", "s"].map(|n| (n.to_owned(), Step::Done));
-        let steps =
-            Steps { volumes: Step::Done, images: images.into(), ..Steps::default() };
+        let steps = Steps {
+            volumes: Step::Done,
+            images: images.into(),
+            ..Steps::default()
+        };
         Self {
             pod,
             gone: false,
@@ -71,11 +72,25 @@ fn word(action: &Action) -> String {
         Action::StopSandbox(id) => format!("stop {id}"),
         Action::RemoveSandbox(id) => format!("remove {id}"),
         Action::EnsureImage { container } => format!("image {container}"),
-        Action::StartContainer { container, sandbox, attempt, replaces, .. } => {
-            let replaces = replaces.as_ref().map(|r| format!(" for {r}")).unwrap_or_default();
+        Action::StartContainer {
+            container,
+            sandbox,
+            attempt,
+            replaces,
+            ..
+        } => {
+            let replaces = replaces
+                .as_ref()
+                .map(|r| format!(" for {r}"))
+                .unwrap_or_default();
             format!("start {container} {attempt} in {sandbox}{replaces}")
         }
-        Action::KillContainer { id, grace_s, reason, .. } => {
+        Action::KillContainer {
+            id,
+            grace_s,
+            reason,
+            ..
+        } => {
             format!("kill {id} {grace_s}s {reason:?}")
         }
         Action::RemoveContainer(id) => format!("remove {id}"),
@@ -107,7 +122,9 @@ fn a_new_pod_gets_volumes_sandbox_and_images_at_once() {
 fn containers_start_side_by_side_once_all_is_there_and_not_before() {
     let mut case = Case::new(two(), observed(vec![]));
     case.expect(&["start a 0 in s0", "start b 0 in s0"]);
-    case.steps.images.insert("b".to_owned(), Step::Running { before: None });
+    case.steps
+        .images
+        .insert("b".to_owned(), Step::Running { before: None });
     case.expect(&["start a 0 in s0"]);
     case.steps.volumes = Step::Running { before: None };
     case.expect(&[]);
@@ -119,7 +136,9 @@ fn containers_start_side_by_side_once_all_is_there_and_not_before() {
 #[test]
 fn a_start_in_flight_is_not_asked_for_twice() {
     let mut case = Case::new(simple("Always"), observed(vec![]));
-    case.steps.starts.insert("a".to_owned(), Step::Running { before: None });
+    case.steps
+        .starts
+        .insert("a".to_owned(), Step::Running { before: None });
     case.expect(&[]);
     // Its record shows up before the start has ended.
     case.observed = observed(vec![container("a", 0, 0, ContainerState::Created)]);
@@ -129,8 +148,7 @@ fn a_start_in_flight_is_not_asked_for_twice() {
 #[test]
 fn a_record_left_by_a_killed_agent_is_replaced_with_the_same_count() {
     let created = container("a", 0, 3, ContainerState::Created);
-    Case::new(simple("Always"), observed(vec![created]))
-        .expect(&["start a 3 in s0 for a-3"]);
+    Case::new(simple("Always"), observed(vec![created])).expect(&["start a 3 in s0 for a-3"]);
 }
 
 #[test]
@@ -152,7 +170,10 @@ fn a_failed_init_container_runs_again_or_ends_the_pod_by_policy() {
     let plan = Case::new(with_init("Never"), failed()).plan();
     assert!(matches!(
         plan.lifecycle,
-        Lifecycle::Terminating(Terminating { cause: Cause::Completed, .. })
+        Lifecycle::Terminating(Terminating {
+            cause: Cause::Completed,
+            ..
+        })
     ));
 }
 
@@ -163,8 +184,10 @@ fn sidecars_start_in_order_stay_and_are_awaited_only_until_started() {
         if !probe.is_null() {
             sidecar["startupProbe"] = probe;
         }
-        pod(json!({"restartPolicy": "Never", "initContainers": [sidecar],
-            "containers": [{"name": "a", "image": "a:1"}]}))
+        pod(
+            json!({"restartPolicy": "Never", "initContainers": [sidecar],
+            "containers": [{"name": "a", "image": "a:1"}]}),
+        )
     };
     let probe = json!({"tcpSocket": {"port": 1}});
     Case::new(spec(json!(null)), observed(vec![])).expect(&["start s 0 in s0"]);
@@ -192,7 +215,10 @@ fn a_dead_container_runs_again_or_not_by_policy_and_exit_code() {
     for (policy, code) in [("OnFailure", 0), ("Never", 0), ("Never", 1)] {
         let dead = container("a", 0, 0, exited(code, 50));
         let plan = Case::new(simple(policy), observed(vec![dead])).plan();
-        assert!(matches!(plan.lifecycle, Lifecycle::Terminating(_)), "{policy} {code}");
+        assert!(
+            matches!(plan.lifecycle, Lifecycle::Terminating(_)),
+            "{policy} {code}"
+        );
     }
 }
 
@@ -222,8 +248,10 @@ fn a_lost_sandbox_is_stopped_and_replaced_and_its_containers_run_in_the_new_one(
     case.expect(&["stop s0"]);
     case.steps.sandbox_stops.insert(lost.id.clone(), Step::Done);
     case.expect(&["sandbox 1"]);
-    case.observed =
-        PodObservation::new(vec![sandbox(1, SandboxState::Ready), lost.clone()], vec![dead]);
+    case.observed = PodObservation::new(
+        vec![sandbox(1, SandboxState::Ready), lost.clone()],
+        vec![dead],
+    );
     case.expect(&["start a 1 in s1"]);
     // The old sandbox goes when none of its containers is the last dead one.
     let newer = container("a", 1, 2, running());
@@ -254,7 +282,10 @@ fn a_new_image_or_a_failed_probe_kills_the_running_instance() {
     case.expect(&["kill a-0 30s SpecChanged"]);
     case.steps.kills.insert(
         a.id.clone(),
-        Kill { grace_s: 30, step: Step::Running { before: None } },
+        Kill {
+            grace_s: 30,
+            step: Step::Running { before: None },
+        },
     );
     case.expect(&[]);
 
@@ -279,14 +310,21 @@ fn a_failed_step_is_tried_again_at_its_time_and_its_reason_shown() {
         retry_at_ns: 110 * SECOND_NS,
         failures: 1,
     };
-    case.steps.images.insert("a".to_owned(), Step::Failed(failure.clone()));
+    case.steps
+        .images
+        .insert("a".to_owned(), Step::Failed(failure.clone()));
     let plan = case.expect(&[]);
     assert_eq!(plan.waiting["a"].reason, "ErrImagePull");
     assert_eq!(plan.wake_at_ns, Some(110 * SECOND_NS));
     case.now_s = 110;
     case.expect(&["image a"]);
     // While the next try is in flight the reason stays: no flapping.
-    case.steps.images.insert("a".to_owned(), Step::Running { before: Some(failure) });
+    case.steps.images.insert(
+        "a".to_owned(),
+        Step::Running {
+            before: Some(failure),
+        },
+    );
     assert_eq!(case.expect(&[]).waiting["a"].reason, "ErrImagePull");
 }
 
@@ -296,8 +334,10 @@ fn a_pod_past_its_deadline_fails_with_the_stock_words() {
     late.spec.as_mut().unwrap().active_deadline_seconds = Some(99);
     let a = container("a", 0, 0, running());
     let plan = Case::new(late.clone(), observed(vec![a.clone()])).expect(&["kill a-0 30s PodEnds"]);
-    let Lifecycle::Terminating(Terminating { cause: Cause::Failed { reason, .. }, .. }) =
-        plan.lifecycle
+    let Lifecycle::Terminating(Terminating {
+        cause: Cause::Failed { reason, .. },
+        ..
+    }) = plan.lifecycle
     else {
         panic!("{plan:?}")
     };
@@ -313,7 +353,10 @@ fn deletion_kills_and_a_shorter_grace_kills_again_but_a_longer_one_never() {
     let mut case = Case::new(deleting(simple("Always"), 30), observed(vec![a.clone()]));
     let plan = case.expect(&["kill a-0 30s PodEnds"]);
     case.lifecycle = plan.lifecycle;
-    let kill = |grace_s| Kill { grace_s, step: Step::Running { before: None } };
+    let kill = |grace_s| Kill {
+        grace_s,
+        step: Step::Running { before: None },
+    };
     case.steps.kills.insert(a.id.clone(), kill(30));
     case.expect(&[]);
     case.pod = deleting(simple("Always"), 0);
@@ -322,7 +365,10 @@ fn deletion_kills_and_a_shorter_grace_kills_again_but_a_longer_one_never() {
     case.steps.kills.insert(a.id, kill(0));
     case.pod = deleting(simple("Always"), 60);
     let plan = case.expect(&[]);
-    assert!(matches!(plan.lifecycle, Lifecycle::Terminating(Terminating { grace_s: 0, .. })));
+    assert!(matches!(
+        plan.lifecycle,
+        Lifecycle::Terminating(Terminating { grace_s: 0, .. })
+    ));
 }
 
 #[test]
@@ -331,7 +377,12 @@ fn main_containers_end_before_sidecars_and_sidecars_in_reverse_order() {
             {"name": "s", "image": "s:1", "restartPolicy": "Always"},
             {"name": "i", "image": "i:1", "restartPolicy": "Always"}],
         "containers": [{"name": "a", "image": "a:1"}]}));
-    let of = |names: &[&str]| names.iter().map(|n| container(n, 0, 0, running())).collect();
+    let of = |names: &[&str]| {
+        names
+            .iter()
+            .map(|n| container(n, 0, 0, running()))
+            .collect()
+    };
     for (alive, killed) in [
         (&["s", "i", "a"][..], "kill a-0 30s PodEnds"),
         (&["s", "i"], "kill i-0 30s PodEnds"),
@@ -345,22 +396,31 @@ fn main_containers_end_before_sidecars_and_sidecars_in_reverse_order() {
 fn an_ending_waits_for_starts_in_flight_then_gives_everything_back() {
     let deleted = || Case::new(deleting(simple("Always"), 30), observed(vec![]));
     let mut case = deleted();
-    case.steps.starts.insert("a".to_owned(), Step::Running { before: None });
+    case.steps
+        .starts
+        .insert("a".to_owned(), Step::Running { before: None });
     case.expect(&[]);
     let mut case = deleted();
     let plan = case.expect(&["stop s0", "teardown"]);
     case.lifecycle = plan.lifecycle;
-    case.steps.sandbox_stops.insert(SandboxId::from("s0"), Step::Done);
+    case.steps
+        .sandbox_stops
+        .insert(SandboxId::from("s0"), Step::Done);
     case.steps.teardown = Step::Running { before: None };
-    assert!(matches!(case.expect(&[]).lifecycle, Lifecycle::Terminating(_)));
+    assert!(matches!(
+        case.expect(&[]).lifecycle,
+        Lifecycle::Terminating(_)
+    ));
     case.steps.teardown = Step::Done;
-    assert_eq!(case.expect(&[]).lifecycle, Lifecycle::Terminated(Cause::Deleted));
+    assert_eq!(
+        case.expect(&[]).lifecycle,
+        Lifecycle::Terminated(Cause::Deleted)
+    );
 }
 
 #[test]
 fn a_pod_deleted_before_it_had_anything_is_gone_at_once() {
-    let mut case =
-        Case::new(deleting(simple("Always"), 30), PodObservation::default());
+    let mut case = Case::new(deleting(simple("Always"), 30), PodObservation::default());
     case.steps = Steps::default();
     let plan = case.expect(&["teardown"]);
     case.lifecycle = plan.lifecycle;
@@ -402,7 +462,12 @@ fn a_terminating_pod_is_never_undeleted_nor_restarted() {
     let dead = container("a", 0, 0, exited(1, 50));
     let case = Case::new(simple("Always"), observed(vec![dead])).ending(Cause::Deleted, 30);
     let plan = case.plan();
-    assert!(!plan.actions.iter().any(|a| matches!(a, Action::StartContainer { .. })));
+    assert!(
+        !plan
+            .actions
+            .iter()
+            .any(|a| matches!(a, Action::StartContainer { .. }))
+    );
     assert!(matches!(plan.lifecycle, Lifecycle::Terminating(_)));
 }
 
