@@ -6,11 +6,17 @@
 
 pub mod artefacts;
 pub mod audit;
+pub mod bench;
+pub mod check;
 pub mod cluster;
 pub mod command;
+pub mod conformance;
 pub mod images;
 pub mod packages;
 pub mod paths;
 pub mod process;
 pub mod progress;
+pub mod scenario;
+pub mod suite;
+pub mod tidy;
 pub mod vm;

@@ -1,5 +1,6 @@
 //! The commands, their arguments and their help.
 
+use crate::develop::{Bench, Conformance, Test};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::os::unix::process::CommandExt;
@@ -31,6 +32,14 @@ pub(crate) enum Command {
     Kubectl(KubectlArgs),
     /// Run a command (or a shell) inside a node's namespaces
     Enter(Enter),
+    /// Run every test: unit, network namespace, cgroup, scenarios on a real control plane
+    Test(Test),
+    /// Check formatting, lints, licences and the house rules
+    Check,
+    /// Measure
+    Bench(Bench),
+    /// Run the unmodified upstream end-to-end suite on a lab
+    Conformance(Conformance),
     /// List what labs left behind; exit code 1 when there is anything
     Audit(Audit),
 }
@@ -40,11 +49,11 @@ pub(crate) enum Command {
 pub(crate) struct LabName {
     /// Name of the lab; several can be up side by side
     #[arg(long, default_value = DEFAULT_LAB, env = "FERRULE_LAB")]
-    lab: String,
+    pub(crate) lab: String,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Kind {
+pub(crate) enum Kind {
     /// Our kubelet with its own runtime
     Ferrule,
     /// The stock kubelet with containerd and runc

@@ -2,6 +2,7 @@
 //! arguments and prints; what the commands do is in `testkit`.
 
 mod cli;
+mod develop;
 
 use anyhow::Result;
 use clap::Parser;
@@ -23,6 +24,10 @@ fn run(cli: cli::Cli) -> Result<ExitCode> {
         cli::Command::Down(args) => args.run(),
         cli::Command::Kubectl(args) => args.run(),
         cli::Command::Enter(args) => args.run(),
+        cli::Command::Test(args) => args.run(),
+        cli::Command::Check => develop::check(),
+        cli::Command::Bench(args) => args.run(),
+        cli::Command::Conformance(args) => args.run(),
         cli::Command::Audit(args) => args.run(),
     }
 }

@@ -5,7 +5,6 @@ use super::node::{self, NodeContext};
 use super::Lab;
 use crate::process::ProcessSpec;
 use anyhow::{Context, Result};
-use std::path::Path;
 
 /// Installs the programs and starts the agent, if `agent` says so.
 ///
@@ -33,10 +32,14 @@ registries:
         shim = bin.join("pod-shim").display(),
     );
     node::write_changed(&node.dir.join("kubernetes/ferrule.yaml"), &runtime, 0o644)?;
-    if agent { start(lab, node, &bin) } else { Ok(()) }
+    if agent { start(lab, node) } else { Ok(()) }
 }
 
-fn start(lab: &mut Lab, node: &NodeContext, bin: &Path) -> Result<()> {
+/// Starts the agent with the programs that are installed; harmless when it runs.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn start(lab: &mut Lab, node: &NodeContext) -> Result<()> {
     let address = lab.layout.node_address(node.number).to_string();
     let pairs = [
         ("config", "/etc/kubernetes/kubelet.yaml"),
@@ -48,7 +51,7 @@ fn start(lab: &mut Lab, node: &NodeContext, bin: &Path) -> Result<()> {
         ("runtime-config", "/etc/kubernetes/ferrule.yaml"),
     ];
     let args = pairs.iter().map(|(name, value)| format!("--{name}={value}")).collect();
-    let mut spec = ProcessSpec::new(bin.join("kubelet"), args);
+    let mut spec = ProcessSpec::new(node.dir.join("bin/kubelet"), args);
     spec.env.push(("RUST_BACKTRACE".into(), "1".into()));
     node::ensure_agent(lab, node, "kubelet", spec)
 }

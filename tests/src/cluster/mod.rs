@@ -131,6 +131,16 @@ impl Lab {
         Ok(Self { layout, state, programs, ours: None, peers: None, kubectl, _lock: lock })
     }
 
+    /// Opens a lab that is up.
+    ///
+    /// # Errors
+    /// When there is no lab of that name.
+    pub fn open(name: &str) -> Result<Self> {
+        let known = LabState::load(&paths::labs(), name)?.is_some();
+        anyhow::ensure!(known, "lab {name} is not up; run `cargo xtask up --lab {name}`");
+        Self::open_or_new(name)
+    }
+
     /// Writes the record.
     ///
     /// # Errors

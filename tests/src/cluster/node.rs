@@ -103,6 +103,20 @@ pub fn ensure(
     }
 }
 
+/// A node that is up.
+///
+/// # Errors
+/// When the lab has no such node or its namespaces are gone.
+pub fn existing(lab: &Lab, name: &str) -> Result<NodeContext> {
+    let node = lab.state.nodes.get(name);
+    let (number, holder) = node
+        .and_then(|node| Some((node.number, node.holder.filter(|holder| holder.is_alive())?)))
+        .with_context(|| format!("lab {} has no node {name} up", lab.layout.name))?;
+    let dir = lab.layout.node_dir(name);
+    let cgroups = cgroup::ensure_node(&lab.layout, name)?;
+    Ok(NodeContext { name: name.into(), number, holder: holder.pid, dir, cgroups })
+}
+
 fn ensure_namespaces(lab: &mut Lab, name: &str, number: usize) -> Result<NodeContext> {
     let dir = lab.layout.node_dir(name);
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;

@@ -46,7 +46,11 @@ pub fn ensure(lab: &mut Lab, node: &NodeContext, agent: bool) -> Result<()> {
     if agent { start_kubelet(lab, node) } else { Ok(()) }
 }
 
-fn start_kubelet(lab: &mut Lab, node: &NodeContext) -> Result<()> {
+/// Starts the kubelet; harmless when it runs.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn start_kubelet(lab: &mut Lab, node: &NodeContext) -> Result<()> {
     let address = lab.layout.node_address(node.number).to_string();
     let pairs = [
         ("config", "/etc/kubernetes/kubelet.yaml"),

@@ -1,0 +1,168 @@
+//! `cargo xtask test`: every test there is, from those that need nothing to those that need a
+//! cluster, and the audit that nothing is left behind.
+
+use crate::cluster::{self, NodeKind, UpOptions};
+use crate::command::describe;
+use crate::{audit, command, packages, paths};
+use anyhow::{Context, Result};
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+/// The lab the scenarios run in; apart from the one a developer may have up.
+pub const TEST_LAB: &str = "test";
+
+/// How many passed and failed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Passed.
+    pub passed: u32,
+    /// Failed.
+    pub failed: u32,
+}
+
+impl Tally {
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+    }
+
+    fn one(passed: bool) -> Self {
+        Self { passed: u32::from(passed), failed: u32::from(!passed) }
+    }
+}
+
+/// What to run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TestOptions {
+    /// Missing Debian packages may be installed.
+    pub may_install: bool,
+    /// Run what needs a cluster.
+    pub cluster: bool,
+    /// Keep the lab up afterwards, to look at a failure.
+    pub keep: bool,
+    /// Only scenarios whose name contains this.
+    pub filter: Option<String>,
+}
+
+/// Runs the tests and returns the tally; a test that fails does not stop the others.
+///
+/// # Errors
+/// When tests cannot be run at all.
+pub fn run(options: &TestOptions) -> Result<Tally> {
+    packages::ensure(packages::CONTROL_PLANE, options.may_install)?;
+    packages::ensure(packages::NODES, options.may_install)?;
+    let mut tally = Tally::default();
+    if options.filter.is_none() {
+        let args = ["--workspace", "--exclude", "testkit", "--no-fail-fast"];
+        tally.add(stage("unit, network namespace and cgroup tests", &args, options)?);
+        tally.add(stage("tests of the harness", &["--package", "testkit", "--lib"], options)?);
+    }
+    if options.cluster {
+        tally.add(scenarios(options)?);
+    }
+    if !options.keep {
+        tally.add(clean_up()?);
+    }
+    Ok(tally)
+}
+
+fn scenarios(options: &TestOptions) -> Result<Tally> {
+    let up = cluster::up(&UpOptions {
+        lab: TEST_LAB.to_owned(),
+        nodes: Some(2),
+        kind: NodeKind::Ferrule,
+        may_install: options.may_install,
+        agents: true,
+        sample: true,
+        profile: "lab".to_owned(),
+    });
+    let lab = match up {
+        Ok(lab) => lab,
+        Err(error) => {
+            eprintln!("✗ bring up lab {TEST_LAB}: {error:#}");
+            return Ok(Tally::one(false));
+        }
+    };
+    // The scenarios open the lab themselves.
+    drop(lab);
+    stage("scenarios on a real control plane", &["--package", "testkit", "--test", "e2e"], options)
+}
+
+/// Leaves the machine as it was, and counts as a test whether that worked.
+fn clean_up() -> Result<Tally> {
+    if let Err(error) = cluster::down(TEST_LAB) {
+        eprintln!("✗ {error:#}");
+        return Ok(Tally::one(false));
+    }
+    let findings = audit::audit()?;
+    if findings.is_empty() {
+        eprintln!("✓ audit: nothing is left");
+    } else {
+        eprintln!("✗ audit:\n{}", audit::render(&findings));
+    }
+    Ok(Tally::one(findings.is_empty()))
+}
+
+/// Runs one `cargo test` and counts from what it prints.
+fn stage(title: &str, args: &[&str], options: &TestOptions) -> Result<Tally> {
+    eprintln!("\n== {title}");
+    let started = Instant::now();
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command: Command = command::command(cargo, &["test", "--quiet"]);
+    command.args(args).current_dir(paths::workspace()).env("FERRULE_LAB", TEST_LAB);
+    command.arg("--");
+    if let Some(filter) = &options.filter {
+        command.arg(filter);
+    }
+    let line = describe(&command);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("run `{line}`"))?;
+    let stdout = child.stdout.take().context("standard output was not piped")?;
+    let mut tally = Tally::default();
+    for text in BufReader::new(stdout).lines() {
+        let text = text.with_context(|| format!("read the output of `{line}`"))?;
+        println!("{text}");
+        if let Some(counted) = parse_result(&text) {
+            tally.add(counted);
+        }
+    }
+    let status = child.wait().with_context(|| format!("wait for `{line}`"))?;
+    if !status.success() && tally.failed == 0 {
+        // It did not compile, or a test took the whole process with it.
+        eprintln!("✗ `{line}` failed ({status})");
+        tally.failed = 1;
+    }
+    eprintln!(
+        "== {title}: {} passed, {} failed ({:.0} s)",
+        tally.passed,
+        tally.failed,
+        started.elapsed().as_secs_f32()
+    );
+    Ok(tally)
+}
+
+/// Reads `test result: ok. 5 passed; 1 failed; …`.
+fn parse_result(line: &str) -> Option<Tally> {
+    let rest = line.trim().strip_prefix("test result: ")?;
+    let number = |word: &str| {
+        let (before, _) = rest.split_once(word)?;
+        before.trim_end().rsplit(' ').next()?.parse().ok()
+    };
+    Some(Tally { passed: number(" passed")?, failed: number(" failed")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_result_line_of_a_test_program_is_counted() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 0 ignored; 0 measured";
+        assert_eq!(parse_result(line), Some(Tally { passed: 12, failed: 3 }));
+        assert_eq!(parse_result("running 3 tests"), None);
+    }
+}

@@ -1,0 +1,152 @@
+//! Commands that test and measure.
+
+use crate::cli::{Kind, LabName};
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use testkit::{bench, check as checks, conformance, suite};
+
+/// Exit code 1 when a check fails.
+pub(crate) fn check() -> Result<ExitCode> {
+    checks::check()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Test {
+    /// Only tests that need no cluster
+    #[arg(long)]
+    no_cluster: bool,
+    /// Only scenarios whose name contains this
+    #[arg(long, value_name = "TEXT", conflicts_with = "no_cluster")]
+    scenario: Option<String>,
+    /// Leave the lab `test` up, to look at a failure
+    #[arg(long)]
+    keep: bool,
+    /// Fail instead of installing Debian packages that are missing
+    #[arg(long)]
+    no_install: bool,
+}
+
+impl Test {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let tally = suite::run(&suite::TestOptions {
+            may_install: !self.no_install,
+            cluster: !self.no_cluster,
+            keep: self.keep,
+            filter: self.scenario,
+        })?;
+        println!("{} passed, {} failed", tally.passed, tally.failed);
+        Ok(if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Pod latency, density and idle cost of a node, seen from the apiserver
+    Pods(Pods),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Against {
+    /// kubelet, containerd, runc and the CNI plugins, unmodified
+    Stock,
+}
+
+#[derive(Debug, Args)]
+struct Pods {
+    /// Measure this node too and print ratios
+    #[arg(long, value_enum)]
+    against: Option<Against>,
+    /// Pods started one after the other
+    #[arg(long, default_value_t = 20)]
+    serial: u32,
+    /// Pods started at once
+    #[arg(long, default_value_t = 100)]
+    burst: u32,
+    /// The measuring script
+    #[arg(long, value_name = "FILE", default_value_os_t = bench::default_script())]
+    script: PathBuf,
+    /// Cargo profile of our kubelet
+    #[arg(long, default_value = "release")]
+    profile: String,
+    /// Print the figures as JSON
+    #[arg(long)]
+    json: bool,
+    /// Fail instead of installing Debian packages that are missing
+    #[arg(long)]
+    no_install: bool,
+}
+
+impl Bench {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let What::Pods(pods) = self.what;
+        let results = bench::pods(&bench::BenchOptions {
+            against_stock: pods.against == Some(Against::Stock),
+            serial: pods.serial,
+            burst: pods.burst,
+            may_install: !pods.no_install,
+            script: pods.script,
+            profile: pods.profile,
+        })?;
+        if pods.json {
+            println!("{}", serde_json::to_string_pretty(&results)?);
+        } else {
+            print!("{}", bench::render(&results));
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Conformance {
+    #[command(flatten)]
+    lab: LabName,
+    /// A group of specs: first-node, node-conformance or conformance
+    #[arg(long, default_value = "first-node", conflicts_with = "focus")]
+    suite: String,
+    /// Regular expression of the specs to run
+    #[arg(long, value_name = "REGEX")]
+    focus: Option<String>,
+    /// Regular expression of the specs to leave out
+    #[arg(long, value_name = "REGEX")]
+    skip: Option<String>,
+    /// Specs that run at once
+    #[arg(long, default_value_t = 2)]
+    procs: u32,
+    /// What the nodes of a lab that is not yet up run
+    #[arg(long, value_enum, default_value = "ferrule")]
+    kind: Kind,
+    /// Print the specs that would run
+    #[arg(long)]
+    dry_run: bool,
+    /// Fail instead of installing Debian packages that are missing
+    #[arg(long)]
+    no_install: bool,
+}
+
+impl Conformance {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let focus = match self.focus {
+            Some(focus) => focus,
+            None => conformance::suite_focus(&self.suite)?.to_owned(),
+        };
+        conformance::run(&conformance::ConformanceOptions {
+            lab: self.lab.lab,
+            kind: self.kind.into(),
+            focus,
+            skip: self.skip,
+            procs: self.procs,
+            may_install: !self.no_install,
+            dry_run: self.dry_run,
+        })?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
