@@ -1,1 +1,12 @@
-//! Scenarios (being written).
+//! The scenarios: what a user of a cluster sees of a node, on a real control plane. Each is a
+//! sentence. `cargo xtask test` brings a lab up for them; `FERRULE_LAB=<name>` runs them in another.
+
+mod a_killed_agent_loses_nothing;
+mod bad_input_is_named_and_harms_nobody;
+mod containers_get_what_their_pod_says;
+mod deployments_run_and_change;
+mod logs_and_exec_reach_containers;
+mod nodes_register_and_report;
+mod pods_start_restart_and_end;
+mod probes_decide_readiness_and_restarts;
+mod volumes_hold_and_follow_their_sources;

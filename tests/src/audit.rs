@@ -75,7 +75,9 @@ pub fn audit() -> Result<Vec<Finding>> {
 fn live_labs() -> Result<BTreeMap<String, LabState>> {
     let mut live = BTreeMap::new();
     for name in lab_names(&paths::labs())? {
-        let Some(state) = LabState::load(&paths::labs(), &name)? else { continue };
+        let Some(state) = LabState::load(&paths::labs(), &name)? else {
+            continue;
+        };
         let runs = state
             .processes
             .values()
@@ -117,7 +119,9 @@ fn command_line(pid: i32) -> String {
 
 fn cgroups(live: &BTreeMap<String, LabState>, findings: &mut Vec<Finding>) {
     for top in cgroup::existing(None) {
-        let Ok(labs) = fs::read_dir(&top) else { continue };
+        let Ok(labs) = fs::read_dir(&top) else {
+            continue;
+        };
         for lab in labs.flatten().filter(|entry| entry.path().is_dir()) {
             let name = lab.file_name().to_string_lossy().into_owned();
             if live.contains_key(&name) {
@@ -130,9 +134,11 @@ fn cgroups(live: &BTreeMap<String, LabState>, findings: &mut Vec<Finding>) {
                 because: format!("below {CGROUP_TOP}, {processes} processes, no such lab is up"),
             });
         }
-        if live.is_empty() && fs::read_dir(&top).is_ok_and(|mut dirs| {
-            !dirs.any(|entry| entry.is_ok_and(|entry| entry.path().is_dir()))
-        }) {
+        if live.is_empty()
+            && fs::read_dir(&top).is_ok_and(|mut dirs| {
+                !dirs.any(|entry| entry.is_ok_and(|entry| entry.path().is_dir()))
+            })
+        {
             findings.push(Finding {
                 kind: Kind::Cgroup,
                 object: top.display().to_string(),
@@ -153,11 +159,15 @@ fn links(live: &BTreeMap<String, LabState>, findings: &mut Vec<Finding>) {
         }
     }
     let routes = fs::read_to_string("/proc/net/route").unwrap_or_default();
-    let bridges: BTreeSet<String> =
-        live.values().map(|state| format!("ferrule{}", state.index)).collect();
+    let bridges: BTreeSet<String> = live
+        .values()
+        .map(|state| format!("ferrule{}", state.index))
+        .collect();
     for line in routes.lines().skip(1) {
         let link = line.split_whitespace().next().unwrap_or_default();
-        let number = link.strip_prefix("ferrule").and_then(|rest| rest.parse::<u8>().ok());
+        let number = link
+            .strip_prefix("ferrule")
+            .and_then(|rest| rest.parse::<u8>().ok());
         if number.is_some() && !bridges.contains(link) {
             findings.push(Finding {
                 kind: Kind::Route,
@@ -174,10 +184,14 @@ fn directories(live: &BTreeMap<String, LabState>, findings: &mut Vec<Finding>) -
     if labs.exists() {
         let entries = fs::read_dir(&labs).with_context(|| format!("list {}", labs.display()))?;
         let owned = |path: &Path| {
-            live.keys().any(|lab| path == labs.join(lab) || path == LabLock::path(lab))
+            live.keys()
+                .any(|lab| path == labs.join(lab) || path == LabLock::path(lab))
         };
-        let mut stray: Vec<PathBuf> =
-            entries.flatten().map(|entry| entry.path()).filter(|path| !owned(path)).collect();
+        let mut stray: Vec<PathBuf> = entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| !owned(path))
+            .collect();
         if stray.is_empty() && live.is_empty() {
             stray.push(labs);
         }
@@ -202,7 +216,11 @@ fn mounts_and_namespaces(findings: &mut Vec<Finding>) -> Result<()> {
         for mount in mounts_below(place)? {
             let namespace = mount.contains("/netns/");
             findings.push(Finding {
-                kind: if namespace { Kind::NetworkNamespace } else { Kind::Mount },
+                kind: if namespace {
+                    Kind::NetworkNamespace
+                } else {
+                    Kind::Mount
+                },
                 object: mount,
                 because: format!("lies below {}", place.display()),
             });
@@ -212,11 +230,15 @@ fn mounts_and_namespaces(findings: &mut Vec<Finding>) -> Result<()> {
 }
 
 fn loop_devices(findings: &mut Vec<Finding>) {
-    let Ok(entries) = fs::read_dir("/sys/block") else { return };
+    let Ok(entries) = fs::read_dir("/sys/block") else {
+        return;
+    };
     let labs = paths::labs();
     for entry in entries.flatten() {
         let backing = entry.path().join("loop/backing_file");
-        let Ok(file) = fs::read_to_string(backing) else { continue };
+        let Ok(file) = fs::read_to_string(backing) else {
+            continue;
+        };
         if Path::new(file.trim()).starts_with(&labs) {
             findings.push(Finding {
                 kind: Kind::LoopDevice,
@@ -237,7 +259,11 @@ fn address_leases(lab: &LabState, findings: &mut Vec<Finding>) {
                 let file = dir.join("cni/networks").join(&network).join(&lease);
                 let owner = fs::read_to_string(&file).unwrap_or_default();
                 let is_address = lease.parse::<std::net::IpAddr>().is_ok();
-                if is_address && !sandboxes.iter().any(|sandbox| owner.contains(sandbox.as_str())) {
+                if is_address
+                    && !sandboxes
+                        .iter()
+                        .any(|sandbox| owner.contains(sandbox.as_str()))
+                {
                     findings.push(Finding {
                         kind: Kind::AddressLease,
                         object: format!("{lease} of {}/{node}", lab.name),
@@ -250,8 +276,13 @@ fn address_leases(lab: &LabState, findings: &mut Vec<Finding>) {
 }
 
 fn names(dir: &Path) -> Vec<String> {
-    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
-    entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect()
 }
 
 /// Findings as lines for people.
@@ -259,7 +290,10 @@ fn names(dir: &Path) -> Vec<String> {
 pub fn render(findings: &[Finding]) -> String {
     let mut out = String::new();
     for finding in findings {
-        out.push_str(&format!("{:?}: {} ({})\n", finding.kind, finding.object, finding.because));
+        out.push_str(&format!(
+            "{:?}: {} ({})\n",
+            finding.kind, finding.object, finding.because
+        ));
     }
     out
 }

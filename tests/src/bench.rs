@@ -38,7 +38,11 @@ const IDLE_WINDOW: Duration = Duration::from_secs(15);
 /// When a node cannot be brought up or measured.
 pub fn pods(options: &BenchOptions) -> Result<BTreeMap<String, Value>> {
     packages::ensure(packages::STOCK, options.may_install)?;
-    anyhow::ensure!(options.script.is_file(), "there is no {}", options.script.display());
+    anyhow::ensure!(
+        options.script.is_file(),
+        "there is no {}",
+        options.script.display()
+    );
     let mut results = BTreeMap::new();
     let mut kinds = vec![("ferrule", NodeKind::Ferrule)];
     if options.against_stock {
@@ -48,7 +52,10 @@ pub fn pods(options: &BenchOptions) -> Result<BTreeMap<String, Value>> {
         let lab_name = format!("bench-{name}");
         let measured = measure(&lab_name, kind, options);
         cluster::down(&lab_name)?;
-        results.insert(name.to_owned(), measured.with_context(|| format!("measure {name}"))?);
+        results.insert(
+            name.to_owned(),
+            measured.with_context(|| format!("measure {name}"))?,
+        );
     }
     Ok(results)
 }
@@ -63,13 +70,19 @@ fn measure(lab_name: &str, kind: NodeKind, options: &BenchOptions) -> Result<Val
         sample: false,
         profile: options.profile.clone(),
     })?;
-    let step = Step::begin(format!("measure {lab_name}: {} serial, {} at once", options.serial, options.burst));
+    let step = Step::begin(format!(
+        "measure {lab_name}: {} serial, {} at once",
+        options.serial, options.burst
+    ));
     let script = options.script.display().to_string();
     let kubeconfig = lab.layout.admin_kubeconfig().display().to_string();
     let mut python = command::command("python3", &[&script, &kubeconfig, "node-1"]);
     python.args(["--serial", &options.serial.to_string()]);
     python.args(["--burst", &options.burst.to_string()]);
-    python.args(["--procs", r"bin/kubelet|/kubelet|pod-shim|containerd-shim|bin/containerd|/containerd --|/pause"]);
+    python.args([
+        "--procs",
+        r"bin/kubelet|/kubelet|pod-shim|containerd-shim|bin/containerd|/containerd --|/pause",
+    ]);
     let text = command::stdout(&mut python)?;
     let mut merged = Map::new();
     for line in text.lines().filter(|line| line.starts_with('{')) {
@@ -84,9 +97,13 @@ fn measure(lab_name: &str, kind: NodeKind, options: &BenchOptions) -> Result<Val
 
 /// CPU and memory of everything the node runs by itself, with [`IDLE_PODS`] pods that sleep.
 fn idle(lab: &Lab) -> Result<Value> {
-    let step = Step::begin(format!("{IDLE_PODS} idle pods, {} s", IDLE_WINDOW.as_secs()));
+    let step = Step::begin(format!(
+        "{IDLE_PODS} idle pods, {} s",
+        IDLE_WINDOW.as_secs()
+    ));
     lab.kubectl.apply(&idle_deployment())?;
-    lab.kubectl.run(&["rollout", "status", "deployment/idle", "--timeout=300s"])?;
+    lab.kubectl
+        .run(&["rollout", "status", "deployment/idle", "--timeout=300s"])?;
     let processes = overhead_processes(lab);
     let before = cpu_ticks(&processes);
     let start = Instant::now();
@@ -139,7 +156,8 @@ fn overhead_processes(lab: &Lab) -> Vec<ProcessIdentity> {
     crate::process::all()
         .into_iter()
         .filter(|process| {
-            let comm = fs::read_to_string(format!("/proc/{}/comm", process.pid)).unwrap_or_default();
+            let comm =
+                fs::read_to_string(format!("/proc/{}/comm", process.pid)).unwrap_or_default();
             names.iter().any(|name| comm.trim().starts_with(name))
         })
         .filter(|process| is_of_node(lab, *process, inside.as_deref()))
@@ -175,7 +193,8 @@ fn cpu_ticks(processes: &[ProcessIdentity]) -> u64 {
 fn pss_kib(pid: i32) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
-    line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+    line.and_then(|line| line.split_whitespace().next()?.parse().ok())
+        .unwrap_or(0)
 }
 
 fn round(value: f64) -> f64 {
@@ -185,7 +204,10 @@ fn round(value: f64) -> f64 {
 /// The figures side by side; every number that both have gets a ratio.
 #[must_use]
 pub fn render(results: &BTreeMap<String, Value>) -> String {
-    let mut out = format!("{:44} {:>10} {:>10} {:>8}\n", "", "ferrule", "stock", "ratio");
+    let mut out = format!(
+        "{:44} {:>10} {:>10} {:>8}\n",
+        "", "ferrule", "stock", "ratio"
+    );
     let empty = Value::Null;
     let ours = results.get("ferrule").unwrap_or(&empty);
     let stock = results.get("stock").unwrap_or(&empty);
@@ -224,8 +246,10 @@ fn numbers(prefix: String, value: &Value, out: &mut BTreeMap<String, f64>) {
 /// The script beside the design notes, or the one given by `FERRULE_PODBENCH`.
 #[must_use]
 pub fn default_script() -> PathBuf {
-    std::env::var_os("FERRULE_PODBENCH")
-        .map_or_else(|| paths::workspace().join("../shared/bench/podbench.py"), PathBuf::from)
+    std::env::var_os("FERRULE_PODBENCH").map_or_else(
+        || paths::workspace().join("../shared/bench/podbench.py"),
+        PathBuf::from,
+    )
 }
 
 #[cfg(test)]
@@ -236,7 +260,10 @@ mod tests {
     fn ratios_stand_beside_what_both_have() {
         let results = BTreeMap::from([
             ("ferrule".to_owned(), json!({"burst": {"ready": 2.0}})),
-            ("stock".to_owned(), json!({"burst": {"ready": 17.0, "only": 1}})),
+            (
+                "stock".to_owned(),
+                json!({"burst": {"ready": 17.0, "only": 1}}),
+            ),
         ]);
         let text = render(&results);
         assert!(text.contains("burst.ready"), "{text}");

@@ -16,7 +16,15 @@ pub fn check() -> Result<()> {
         command.current_dir(paths::workspace());
         command
     };
-    let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    let clippy = [
+        "clippy",
+        "--quiet",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ];
     let mut failed = Vec::new();
     let mut attempt = |name: &str, result: Result<()>| {
         if let Err(error) = result {
@@ -47,7 +55,10 @@ fn gofmt() -> Result<()> {
     let dir = paths::workspace().join("tests");
     let list = command::stdout(command::command("gofmt", &["-l", "."]).current_dir(dir))?;
     if !list.trim().is_empty() {
-        bail!("not formatted: {}", list.split_whitespace().collect::<Vec<_>>().join(", "));
+        bail!(
+            "not formatted: {}",
+            list.split_whitespace().collect::<Vec<_>>().join(", ")
+        );
     }
     step.done("");
     Ok(())
@@ -55,7 +66,9 @@ fn gofmt() -> Result<()> {
 
 /// The database of advisories cannot be had on every machine; what needs none is checked.
 fn deny(cargo: impl Fn(&[&str]) -> Command) -> Result<()> {
-    let present = command::capture(&mut cargo(&["deny", "--version"]))?.status.success();
+    let present = command::capture(&mut cargo(&["deny", "--version"]))?
+        .status
+        .success();
     if !present {
         eprintln!("- deny: skipped, cargo-deny is not installed");
         return Ok(());
@@ -64,7 +77,10 @@ fn deny(cargo: impl Fn(&[&str]) -> Command) -> Result<()> {
         eprintln!("- deny: skipped, there is no deny.toml");
         return Ok(());
     }
-    run("deny", cargo(&["deny", "--offline", "check", "bans", "licenses", "sources"]))
+    run(
+        "deny",
+        cargo(&["deny", "--offline", "check", "bans", "licenses", "sources"]),
+    )
 }
 
 fn house_rules() -> Result<()> {

@@ -8,7 +8,11 @@ use std::process::{Command, Output, Stdio};
 #[must_use]
 pub fn describe(command: &Command) -> String {
     let mut words = vec![command.get_program().to_string_lossy().into_owned()];
-    words.extend(command.get_args().map(|arg| arg.to_string_lossy().into_owned()));
+    words.extend(
+        command
+            .get_args()
+            .map(|arg| arg.to_string_lossy().into_owned()),
+    );
     let line = words.join(" ");
     match line.char_indices().nth(300) {
         Some((cut, _)) => format!("{} …", &line[..cut]),
@@ -60,7 +64,9 @@ pub fn stdout_with_input(command: &mut Command, input: &[u8]) -> Result<String> 
     let mut stdin = child.stdin.take().context("standard input was not piped")?;
     let input = input.to_vec();
     let writer = std::thread::spawn(move || stdin.write_all(&input));
-    let output = child.wait_with_output().with_context(|| format!("wait for `{line}`"))?;
+    let output = child
+        .wait_with_output()
+        .with_context(|| format!("wait for `{line}`"))?;
     // A program that does not read its input closes the pipe; its exit code tells the story.
     drop(writer.join());
     finish(command, output)
@@ -76,7 +82,8 @@ fn finish(command: &Command, output: Output) -> Result<String> {
             String::from_utf8_lossy(&output.stdout).trim_end(),
         );
     }
-    String::from_utf8(output.stdout).with_context(|| format!("`{}` printed no UTF-8", describe(command)))
+    String::from_utf8(output.stdout)
+        .with_context(|| format!("`{}` printed no UTF-8", describe(command)))
 }
 
 /// Runs with the terminal's own input and output.
@@ -84,7 +91,9 @@ fn finish(command: &Command, output: Output) -> Result<String> {
 /// # Errors
 /// When the program cannot be started or exits with anything but 0.
 pub fn interactive(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("run `{}`", describe(command)))?;
+    let status = command
+        .status()
+        .with_context(|| format!("run `{}`", describe(command)))?;
     if !status.success() {
         bail!("`{}` failed ({status})", describe(command));
     }

@@ -65,7 +65,10 @@ pub fn run(options: &ConformanceOptions) -> Result<()> {
     let reports = lab.layout.dir.join("conformance");
     std::fs::create_dir_all(&reports).context("create the report directory")?;
     let mut runner = command::command(programs.join("ginkgo"), &[]);
-    runner.arg(format!("--procs={}", options.procs)).arg("--no-color").arg("--flake-attempts=1");
+    runner
+        .arg(format!("--procs={}", options.procs))
+        .arg("--no-color")
+        .arg("--flake-attempts=1");
     runner.arg(format!("--focus={}", options.focus));
     if let Some(skip) = &options.skip {
         runner.arg(format!("--skip={skip}"));
@@ -80,14 +83,20 @@ pub fn run(options: &ConformanceOptions) -> Result<()> {
     drop(lab);
     let status = runner.status().context("run ginkgo")?;
     if !status.success() {
-        bail!("the suite failed ({status}); reports in {}", reports.display());
+        bail!(
+            "the suite failed ({status}); reports in {}",
+            reports.display()
+        );
     }
     Ok(())
 }
 
 fn suite_arguments(runner: &mut Command, lab: &Lab) {
     runner
-        .arg(format!("--kubeconfig={}", lab.layout.admin_kubeconfig().display()))
+        .arg(format!(
+            "--kubeconfig={}",
+            lab.layout.admin_kubeconfig().display()
+        ))
         .args(["--provider=skeleton", "--dump-logs-on-failure=false"])
         .args(["--prepull-images=false", "--node-os-distro=debian"])
         // The lab's system namespace is empty.

@@ -25,30 +25,58 @@ const fn need(file: &'static str, package: &'static str, why: &'static str) -> N
 pub const CONTROL_PLANE: &[Need] = &[
     need("ip", "iproute2", "makes the lab's bridge and veths"),
     need("nsenter", "util-linux", "enters a node's namespaces"),
-    need("docker-registry", "docker-registry", "serves the test images"),
+    need(
+        "docker-registry",
+        "docker-registry",
+        "serves the test images",
+    ),
 ];
 
 /// What nodes need besides.
 pub const NODES: &[Need] = &[
-    need("/bin/busybox", "busybox-static", "is inside the test images"),
-    need("iptables", "iptables", "is one of the backends of host ports and of the stock peers"),
+    need(
+        "/bin/busybox",
+        "busybox-static",
+        "is inside the test images",
+    ),
+    need(
+        "iptables",
+        "iptables",
+        "is one of the backends of host ports and of the stock peers",
+    ),
     need("nft", "nftables", "shows rule sets in tests"),
-    need("conntrack", "conntrack", "is used by kube-proxy to flush stale flows"),
+    need(
+        "conntrack",
+        "conntrack",
+        "is used by kube-proxy to flush stale flows",
+    ),
 ];
 
 /// What building the stock peers needs besides.
 pub const STOCK: &[Need] = &[
     need("gcc", "gcc", "links runc"),
-    need("/usr/include/seccomp.h", "libseccomp-dev", "is linked into runc"),
+    need(
+        "/usr/include/seccomp.h",
+        "libseccomp-dev",
+        "is linked into runc",
+    ),
     need("pkg-config", "pkg-config", "finds libseccomp"),
     need("python3", "python3", "runs podbench.py"),
-    need("/usr/lib/python3/dist-packages/yaml", "python3-yaml", "is used by podbench.py"),
+    need(
+        "/usr/lib/python3/dist-packages/yaml",
+        "python3-yaml",
+        "is used by podbench.py",
+    ),
 ];
 
 /// Which of `needs` are not there.
 #[must_use]
 pub fn missing(needs: &[Need]) -> Vec<Need> {
-    needs.iter().copied().filter(|need| !present(need.file)).collect()
+    needs
+        .iter()
+        .copied()
+        .filter(|need| !present(need.file))
+        .collect()
 }
 
 fn present(file: &str) -> bool {
@@ -74,9 +102,15 @@ pub fn ensure(needs: &[Need], may_install: bool) -> Result<()> {
     let mut packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
     packages.sort_unstable();
     packages.dedup();
-    let line = format!("apt-get install --no-install-recommends {}", packages.join(" "));
+    let line = format!(
+        "apt-get install --no-install-recommends {}",
+        packages.join(" ")
+    );
     for need in &missing {
-        eprintln!("  missing {}: package {}, which {}", need.file, need.package, need.why);
+        eprintln!(
+            "  missing {}: package {}, which {}",
+            need.file, need.package, need.why
+        );
     }
     if !may_install {
         bail!("packages are missing and --no-install was given; run: {line}");
@@ -86,7 +120,9 @@ pub fn ensure(needs: &[Need], may_install: bool) -> Result<()> {
         let mut command = command::command("apt-get", &["install", "-y", "-q"]);
         command.arg("--no-install-recommends").args(&packages);
         // docker-registry's package would start a system service; the lab starts its own.
-        command.env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1");
+        command
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .env("RUNLEVEL", "1");
         command::stdout(&mut command)
     };
     if install().is_err() {
@@ -96,7 +132,11 @@ pub fn ensure(needs: &[Need], may_install: bool) -> Result<()> {
     }
     let still = self::missing(needs);
     if let Some(need) = still.first() {
-        bail!("package {} was installed but {} is still missing", need.package, need.file);
+        bail!(
+            "package {} was installed but {} is still missing",
+            need.package,
+            need.file
+        );
     }
     Ok(())
 }
@@ -107,7 +147,10 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_found_by_its_file() {
-        let needs = [need("sh", "dash", "runs"), need("no-such-program", "nothing", "fails")];
+        let needs = [
+            need("sh", "dash", "runs"),
+            need("no-such-program", "nothing", "fails"),
+        ];
         assert_eq!(missing(&needs), vec![needs[1]]);
     }
 

@@ -44,7 +44,9 @@ impl ProcessIdentity {
     /// # Errors
     /// When the kernel refuses for another reason.
     pub fn signal(self, signal: Signal) -> Result<bool> {
-        let Some(fd) = self.open()? else { return Ok(false) };
+        let Some(fd) = self.open()? else {
+            return Ok(false);
+        };
         match pidfd_send_signal(&fd, signal) {
             Ok(()) => Ok(true),
             Err(rustix::io::Errno::SRCH) => Ok(false),
@@ -57,7 +59,9 @@ impl ProcessIdentity {
     /// # Errors
     /// When the process cannot be watched.
     pub fn wait_gone(self, limit: Duration) -> Result<bool> {
-        let Some(fd) = self.open()? else { return Ok(true) };
+        let Some(fd) = self.open()? else {
+            return Ok(true);
+        };
         let timeout = Timespec::try_from(limit).context("time limit out of range")?;
         let ready = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout))
             .with_context(|| format!("wait for process {}", self.pid))?;
@@ -65,7 +69,9 @@ impl ProcessIdentity {
     }
 
     fn open(self) -> Result<Option<rustix::fd::OwnedFd>> {
-        let Some(pid) = Pid::from_raw(self.pid) else { return Ok(None) };
+        let Some(pid) = Pid::from_raw(self.pid) else {
+            return Ok(None);
+        };
         let fd = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(fd) => fd,
             Err(rustix::io::Errno::SRCH) => return Ok(None),
@@ -150,7 +156,12 @@ impl ProcessSpec {
         let file = fs::metadata(&self.program)
             .map(|meta| format!("{}:{}:{}", meta.len(), meta.mtime(), meta.mtime_nsec()))
             .unwrap_or_default();
-        format!("{} {file} {:?} {:?}", self.program.display(), self.args, self.env)
+        format!(
+            "{} {file} {:?} {:?}",
+            self.program.display(),
+            self.args,
+            self.env
+        )
     }
 
     fn command(&self) -> Command {
@@ -190,11 +201,17 @@ pub fn spawn_detached(spec: &ProcessSpec, owner: &str, log: &Path) -> Result<Pro
         .stdout(out)
         .stderr(err)
         .current_dir("/");
-    let mut child =
-        command.spawn().with_context(|| format!("start {}", spec.program.display()))?;
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("start {}", spec.program.display()))?;
     let pid = i32::try_from(child.id()).context("process id out of range")?;
-    let identity = ProcessIdentity::of(pid)
-        .with_context(|| format!("{} exited at once; see {}", spec.program.display(), log.display()))?;
+    let identity = ProcessIdentity::of(pid).with_context(|| {
+        format!(
+            "{} exited at once; see {}",
+            spec.program.display(),
+            log.display()
+        )
+    })?;
     // Reaps it while we live; afterwards init does.
     std::thread::spawn(move || child.wait());
     Ok(identity)
@@ -208,8 +225,22 @@ pub fn spawn_detached(spec: &ProcessSpec, owner: &str, log: &Path) -> Result<Pro
 pub fn spawn_namespace_holder(hostname: &str, owner: &str, log: &Path) -> Result<ProcessIdentity> {
     use std::io::{BufRead, BufReader};
     let mut child = Command::new("setsid")
-        .args(["unshare", "--net", "--mount", "--uts", "--propagation", "private", "--"])
-        .args(["sh", "-c", "hostname \"$1\" && echo ready && exec sleep infinity", "sh", hostname])
+        .args([
+            "unshare",
+            "--net",
+            "--mount",
+            "--uts",
+            "--propagation",
+            "private",
+            "--",
+        ])
+        .args([
+            "sh",
+            "-c",
+            "hostname \"$1\" && echo ready && exec sleep infinity",
+            "sh",
+            hostname,
+        ])
         .env(OWNER_VARIABLE, owner)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -219,8 +250,13 @@ pub fn spawn_namespace_holder(hostname: &str, owner: &str, log: &Path) -> Result
         .context("start unshare")?;
     let pid = i32::try_from(child.id()).context("process id out of range")?;
     let mut line = String::new();
-    let stdout = child.stdout.take().context("standard output was not piped")?;
-    BufReader::new(stdout).read_line(&mut line).context("read from the namespace holder")?;
+    let stdout = child
+        .stdout
+        .take()
+        .context("standard output was not piped")?;
+    BufReader::new(stdout)
+        .read_line(&mut line)
+        .context("read from the namespace holder")?;
     anyhow::ensure!(
         line.trim() == "ready",
         "the namespaces of {hostname} cannot be made; see {}",
@@ -251,13 +287,18 @@ pub fn owned() -> Vec<(ProcessIdentity, String)> {
             entry.strip_prefix(&prefix).map(str::to_owned)
         })
     };
-    all().into_iter().filter_map(|process| Some((process, owner(process.pid)?))).collect()
+    all()
+        .into_iter()
+        .filter_map(|process| Some((process, owner(process.pid)?)))
+        .collect()
 }
 
 /// Every living process of the machine.
 #[must_use]
 pub fn all() -> Vec<ProcessIdentity> {
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
@@ -306,7 +347,10 @@ mod tests {
         let pid = i32::try_from(std::process::id()).unwrap();
         let me = ProcessIdentity::of(pid).unwrap();
         assert!(me.is_alive());
-        let other = ProcessIdentity { start_time: me.start_time + 1, ..me };
+        let other = ProcessIdentity {
+            start_time: me.start_time + 1,
+            ..me
+        };
         assert!(!other.is_alive());
         assert!(!other.signal(Signal::CONT).unwrap());
     }

@@ -25,14 +25,21 @@ impl Step {
         let now = Instant::now();
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-            if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix} {elapsed} {msg:.dim}") {
+            if let Ok(style) =
+                ProgressStyle::with_template("{spinner} {prefix} {elapsed} {msg:.dim}")
+            {
                 bar.set_style(style);
             }
             bar.set_prefix(title.clone());
             bar.enable_steady_tick(Duration::from_millis(120));
             bar
         });
-        Self { title, started: now, bar, last_line: now }
+        Self {
+            title,
+            started: now,
+            bar,
+            last_line: now,
+        }
     }
 
     /// Says what it is at.
@@ -41,7 +48,11 @@ impl Step {
             bar.set_message(text.to_owned());
         } else if self.last_line.elapsed() > REMINDER {
             self.last_line = Instant::now();
-            eprintln!("  … {} ({:.0} s): {text}", self.title, self.started.elapsed().as_secs_f32());
+            eprintln!(
+                "  … {} ({:.0} s): {text}",
+                self.title,
+                self.started.elapsed().as_secs_f32()
+            );
         }
     }
 

@@ -47,7 +47,9 @@ impl Scenario {
     /// # Errors
     /// When there is no lab or the namespace cannot be made.
     pub fn begin(name: &str) -> Result<Self> {
-        let guard = DISTURBANCE.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let guard = DISTURBANCE
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         Self::with(name, Share::Beside(guard))
     }
 
@@ -56,7 +58,9 @@ impl Scenario {
     /// # Errors
     /// As [`Scenario::begin`].
     pub fn alone(name: &str) -> Result<Self> {
-        let guard = DISTURBANCE.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let guard = DISTURBANCE
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         Self::with(name, Share::Alone(guard))
     }
 
@@ -68,8 +72,18 @@ impl Scenario {
         // Unique, so that a scenario can be repeated while its last namespace still goes away.
         let namespace = format!("{name}-{:x}", std::process::id());
         admin.run(&["create", "namespace", &namespace])?;
-        let scenario = Self { admin, layout, namespace, _share: share };
-        let account = ["wait", "--for=create", "serviceaccount/default", "--timeout=60s"];
+        let scenario = Self {
+            admin,
+            layout,
+            namespace,
+            _share: share,
+        };
+        let account = [
+            "wait",
+            "--for=create",
+            "serviceaccount/default",
+            "--timeout=60s",
+        ];
         scenario.kubectl(&account)?;
         Ok(scenario)
     }
@@ -154,7 +168,9 @@ impl Scenario {
     /// # Errors
     /// As [`Scenario::watch_pod`].
     pub fn ready(&self, pod: &str) -> Result<Value> {
-        Ok(self.watch_pod(pod, "the pod to be Ready", |event| is_ready(&event.object))?.0)
+        Ok(self
+            .watch_pod(pod, "the pod to be Ready", |event| is_ready(&event.object))?
+            .0)
     }
 
     /// Waits until a pod has ended, and returns it.
@@ -171,7 +187,12 @@ impl Scenario {
     /// # Errors
     /// When [`LIMIT`] passes first.
     pub fn gone(&self, pod: &str) -> Result<()> {
-        let wait = ["wait", "--for=delete", &format!("pod/{pod}"), "--timeout=90s"];
+        let wait = [
+            "wait",
+            "--for=delete",
+            &format!("pod/{pod}"),
+            "--timeout=90s",
+        ];
         self.kubectl(&wait).map(drop)
     }
 
@@ -189,14 +210,20 @@ impl Scenario {
     /// The agent of a node, to be killed and started.
     #[must_use]
     pub fn agent(&self, node: &str) -> Agent {
-        Agent { lab: self.layout.name.clone(), node: node.to_owned() }
+        Agent {
+            lab: self.layout.name.clone(),
+            node: node.to_owned(),
+        }
     }
 }
 
 impl Drop for Scenario {
     fn drop(&mut self) {
         // Not waited for: the next scenario has a namespace of its own.
-        drop(self.admin.run(&["delete", "namespace", &self.namespace, "--wait=false"]));
+        drop(
+            self.admin
+                .run(&["delete", "namespace", &self.namespace, "--wait=false"]),
+        );
     }
 }
 
@@ -239,13 +266,20 @@ impl Watch {
             .stderr(Stdio::null())
             .spawn()
             .context("start kubectl get --watch")?;
-        let stdout = child.stdout.take().context("standard output was not piped")?;
+        let stdout = child
+            .stdout
+            .take()
+            .context("standard output was not piped")?;
         let (sender, events) = mpsc::channel();
         std::thread::spawn(move || {
             let stream = serde_json::Deserializer::from_reader(stdout).into_iter::<Value>();
             for mut value in stream.map_while(Result::ok) {
                 let kind = text(&value, "/type");
-                let event = Event { kind, object: value["object"].take(), at: Instant::now() };
+                let event = Event {
+                    kind,
+                    object: value["object"].take(),
+                    at: Instant::now(),
+                };
                 if sender.send(event).is_err() {
                     return;
                 }
@@ -331,26 +365,38 @@ impl Agent {
     /// A directory of the node as the machine sees it, such as `kubelet` or `cni-conf`.
     #[must_use]
     pub fn directory(&self, name: &str) -> std::path::PathBuf {
-        paths::labs().join(&self.lab).join("nodes").join(&self.node).join(name)
+        paths::labs()
+            .join(&self.lab)
+            .join("nodes")
+            .join(&self.node)
+            .join(name)
     }
 }
 
 /// A string field, or nothing.
 #[must_use]
 pub fn text(object: &Value, pointer: &str) -> String {
-    object.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
+    object
+        .pointer(pointer)
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+        .to_owned()
 }
 
 /// `status.phase`.
 #[must_use]
 pub fn phase(pod: &Value) -> &str {
-    pod.pointer("/status/phase").and_then(Value::as_str).unwrap_or_default()
+    pod.pointer("/status/phase")
+        .and_then(Value::as_str)
+        .unwrap_or_default()
 }
 
 /// Whether the condition of a pod or node holds.
 #[must_use]
 pub fn condition(object: &Value, kind: &str) -> bool {
-    let conditions = object.pointer("/status/conditions").and_then(Value::as_array);
+    let conditions = object
+        .pointer("/status/conditions")
+        .and_then(Value::as_array);
     conditions
         .into_iter()
         .flatten()
@@ -366,8 +412,13 @@ pub fn is_ready(pod: &Value) -> bool {
 /// The status of a main container.
 #[must_use]
 pub fn container<'a>(pod: &'a Value, name: &str) -> &'a Value {
-    let all = pod.pointer("/status/containerStatuses").and_then(Value::as_array);
-    all.into_iter().flatten().find(|status| status["name"] == name).unwrap_or(&Value::Null)
+    let all = pod
+        .pointer("/status/containerStatuses")
+        .and_then(Value::as_array);
+    all.into_iter()
+        .flatten()
+        .find(|status| status["name"] == name)
+        .unwrap_or(&Value::Null)
 }
 
 /// Why a main container waits, such as `CrashLoopBackOff`.

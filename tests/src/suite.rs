@@ -28,7 +28,10 @@ impl Tally {
     }
 
     fn one(passed: bool) -> Self {
-        Self { passed: u32::from(passed), failed: u32::from(!passed) }
+        Self {
+            passed: u32::from(passed),
+            failed: u32::from(!passed),
+        }
     }
 }
 
@@ -55,8 +58,16 @@ pub fn run(options: &TestOptions) -> Result<Tally> {
     let mut tally = Tally::default();
     if options.filter.is_none() {
         let args = ["--workspace", "--exclude", "testkit", "--no-fail-fast"];
-        tally.add(stage("unit, network namespace and cgroup tests", &args, options)?);
-        tally.add(stage("tests of the harness", &["--package", "testkit", "--lib"], options)?);
+        tally.add(stage(
+            "unit, network namespace and cgroup tests",
+            &args,
+            options,
+        )?);
+        tally.add(stage(
+            "tests of the harness",
+            &["--package", "testkit", "--lib"],
+            options,
+        )?);
     }
     if options.cluster {
         tally.add(scenarios(options)?);
@@ -86,7 +97,11 @@ fn scenarios(options: &TestOptions) -> Result<Tally> {
     };
     // The scenarios open the lab themselves.
     drop(lab);
-    stage("scenarios on a real control plane", &["--package", "testkit", "--test", "e2e"], options)
+    stage(
+        "scenarios on a real control plane",
+        &["--package", "testkit", "--test", "e2e"],
+        options,
+    )
 }
 
 /// Leaves the machine as it was, and counts as a test whether that worked.
@@ -110,7 +125,10 @@ fn stage(title: &str, args: &[&str], options: &TestOptions) -> Result<Tally> {
     let started = Instant::now();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command: Command = command::command(cargo, &["test", "--quiet"]);
-    command.args(args).current_dir(paths::workspace()).env("FERRULE_LAB", TEST_LAB);
+    command
+        .args(args)
+        .current_dir(paths::workspace())
+        .env("FERRULE_LAB", TEST_LAB);
     command.arg("--");
     if let Some(filter) = &options.filter {
         command.arg(filter);
@@ -121,7 +139,10 @@ fn stage(title: &str, args: &[&str], options: &TestOptions) -> Result<Tally> {
         .stdout(Stdio::piped())
         .spawn()
         .with_context(|| format!("run `{line}`"))?;
-    let stdout = child.stdout.take().context("standard output was not piped")?;
+    let stdout = child
+        .stdout
+        .take()
+        .context("standard output was not piped")?;
     let mut tally = Tally::default();
     for text in BufReader::new(stdout).lines() {
         let text = text.with_context(|| format!("read the output of `{line}`"))?;
@@ -152,7 +173,10 @@ fn parse_result(line: &str) -> Option<Tally> {
         let (before, _) = rest.split_once(word)?;
         before.trim_end().rsplit(' ').next()?.parse().ok()
     };
-    Some(Tally { passed: number(" passed")?, failed: number(" failed")? })
+    Some(Tally {
+        passed: number(" passed")?,
+        failed: number(" failed")?,
+    })
 }
 
 #[cfg(test)]
@@ -162,7 +186,13 @@ mod tests {
     #[test]
     fn the_result_line_of_a_test_program_is_counted() {
         let line = "test result: FAILED. 12 passed; 3 failed; 0 ignored; 0 measured";
-        assert_eq!(parse_result(line), Some(Tally { passed: 12, failed: 3 }));
+        assert_eq!(
+            parse_result(line),
+            Some(Tally {
+                passed: 12,
+                failed: 3
+            })
+        );
         assert_eq!(parse_result("running 3 tests"), None);
     }
 }

@@ -44,7 +44,9 @@ pub fn tidy() -> Result<Vec<String>> {
     let mut complaints = dependencies(&root)?;
     for file in &files {
         let path = root.join(file);
-        let Ok(text) = fs::read_to_string(&path) else { continue };
+        let Ok(text) = fs::read_to_string(&path) else {
+            continue;
+        };
         let extension = file.extension().and_then(|extension| extension.to_str());
         match extension {
             Some("rs") => complaints.extend(source(file, &text)),
@@ -85,7 +87,9 @@ fn check_arrows(uses: &BTreeMap<String, Vec<String>>) -> Vec<String> {
     let mut complaints = Vec::new();
     for (package, dependencies) in uses {
         let Some((_, allowed)) = ARROWS.iter().find(|(name, _)| name == package) else {
-            complaints.push(format!("package {package} has no entry in tidy's list of arrows"));
+            complaints.push(format!(
+                "package {package} has no entry in tidy's list of arrows"
+            ));
             continue;
         };
         for dependency in dependencies {
@@ -95,7 +99,9 @@ fn check_arrows(uses: &BTreeMap<String, Vec<String>>) -> Vec<String> {
             }
             let raw = RAW.iter().find(|(name, _)| name == dependency);
             if raw.is_some_and(|(_, packages)| !packages.contains(&package.as_str())) {
-                complaints.push(format!("{package} must not use {dependency} but crate linux"));
+                complaints.push(format!(
+                    "{package} must not use {dependency} but crate linux"
+                ));
             }
             if dependency == "tokio" && BLOCKING.contains(&package.as_str()) {
                 complaints.push(format!("{package} must stay without an async runtime"));
@@ -113,7 +119,9 @@ fn source(file: &Path, text: &str) -> Vec<String> {
     let body = text.split("#[cfg(test)]").next().unwrap_or(text);
     let lines = body.lines().count();
     if lines > MAX_LINES && !test_file {
-        complaints.push(format!("{name} has {lines} lines without its tests, over {MAX_LINES}"));
+        complaints.push(format!(
+            "{name} has {lines} lines without its tests, over {MAX_LINES}"
+        ));
     }
     if !text.starts_with("//!") && !test_file {
         complaints.push(format!("{name} does not open with what it is for (`//!`)"));
@@ -121,7 +129,10 @@ fn source(file: &Path, text: &str) -> Vec<String> {
     for (number, line) in text.lines().enumerate() {
         let line = line.trim_start();
         let banned = [
-            (concat!("#[ign", "ore"), "a test that never runs proves nothing"),
+            (
+                concat!("#[ign", "ore"),
+                "a test that never runs proves nothing",
+            ),
             (concat!("#[al", "low("), "use #[expect(…, reason = …)]"),
             (concat!("#![al", "low("), "use #[expect(…, reason = …)]"),
         ];
@@ -170,12 +181,16 @@ fn targets(text: &str) -> Vec<String> {
 
 fn yaml(file: &Path, text: &str) -> Option<String> {
     let parsed: Result<Vec<Value>, _> = serde_saphyr::from_multiple(text);
-    parsed.err().map(|error| format!("{} is no YAML: {error}", file.display()))
+    parsed
+        .err()
+        .map(|error| format!("{} is no YAML: {error}", file.display()))
 }
 
 fn json(file: &Path, text: &str) -> Option<String> {
     let parsed: Result<Value, _> = serde_json::from_str(text);
-    parsed.err().map(|error| format!("{} is no JSON: {error}", file.display()))
+    parsed
+        .err()
+        .map(|error| format!("{} is no JSON: {error}", file.display()))
 }
 
 #[cfg(test)]
@@ -183,7 +198,10 @@ mod tests {
     use super::*;
 
     fn uses(package: &str, dependency: &str) -> Vec<String> {
-        check_arrows(&BTreeMap::from([(package.to_owned(), vec![dependency.to_owned()])]))
+        check_arrows(&BTreeMap::from([(
+            package.to_owned(),
+            vec![dependency.to_owned()],
+        )]))
     }
 
     #[test]
@@ -191,7 +209,10 @@ mod tests {
         assert!(uses("kubelet", "runtime").is_empty());
         assert_eq!(uses("runtime", "kubelet"), ["runtime must not use kubelet"]);
         assert_eq!(uses("kubelet", "cni"), ["kubelet must not use cni"]);
-        assert_eq!(uses("cni", "tokio"), ["cni must stay without an async runtime"]);
+        assert_eq!(
+            uses("cni", "tokio"),
+            ["cni must stay without an async runtime"]
+        );
         assert_eq!(uses("new", "serde").len(), 1);
     }
 

@@ -120,7 +120,11 @@ pub(crate) struct Down {
 
 impl Down {
     pub(crate) fn run(self) -> Result<ExitCode> {
-        let names = if self.all { lab_names(&paths::labs())? } else { vec![self.lab.lab] };
+        let names = if self.all {
+            lab_names(&paths::labs())?
+        } else {
+            vec![self.lab.lab]
+        };
         for name in names {
             cluster::down(&name)?;
         }
@@ -171,7 +175,11 @@ impl Enter {
             .and_then(|node| node.holder)
             .filter(|holder| holder.is_alive())
             .with_context(|| format!("lab {} has no node {} up", self.lab.lab, self.node))?;
-        let args = if self.args.is_empty() { vec!["bash".to_owned()] } else { self.args };
+        let args = if self.args.is_empty() {
+            vec!["bash".to_owned()]
+        } else {
+            self.args
+        };
         Err(cluster::node::enter(holder.pid, &args).exec()).context("run nsenter")
     }
 }
@@ -199,6 +207,10 @@ impl Audit {
             Output::Text if findings.is_empty() => println!("nothing is left"),
             Output::Text => print!("{}", audit::render(&findings)),
         }
-        Ok(if findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(if findings.is_empty() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
     }
 }

@@ -38,7 +38,11 @@ impl Test {
             filter: self.scenario,
         })?;
         println!("{} passed, {} failed", tally.passed, tally.failed);
-        Ok(if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(if tally.failed == 0 {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
     }
 }
 

@@ -25,7 +25,11 @@ impl Inputs {
     /// When it cannot be read.
     pub fn file(&mut self, path: &Path) -> Result<&mut Self> {
         let content = fs::read(path).with_context(|| format!("read {}", path.display()))?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         Ok(self.word(&name).bytes(&content))
     }
 
@@ -61,7 +65,11 @@ impl Inputs {
     #[must_use]
     pub fn digest(&self) -> String {
         let digest = self.hash.clone().finalize();
-        digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+        digest
+            .iter()
+            .take(8)
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }
 
@@ -84,7 +92,8 @@ pub fn ensure(
     let lock_path = cache.join(format!("{key}.lock"));
     let lock = File::create(&lock_path)
         .with_context(|| format!("create lock file {}", lock_path.display()))?;
-    lock.lock().with_context(|| format!("lock {}", lock_path.display()))?;
+    lock.lock()
+        .with_context(|| format!("lock {}", lock_path.display()))?;
     if complete.is_dir() {
         return Ok(complete);
     }

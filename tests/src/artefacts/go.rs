@@ -54,13 +54,18 @@ pub fn kubernetes() -> Result<PathBuf> {
         test: false,
         cgo: false,
     };
-    ensure("kubernetes", "Kubernetes control plane (about 5 min the first time)", &[build], |dir| {
-        for program in KUBERNETES_PROGRAMS {
-            symlink("kubernetes", dir.join(program))
-                .with_context(|| format!("link {program} to the multi-call binary"))?;
-        }
-        Ok(())
-    })
+    ensure(
+        "kubernetes",
+        "Kubernetes control plane (about 5 min the first time)",
+        &[build],
+        |dir| {
+            for program in KUBERNETES_PROGRAMS {
+                symlink("kubernetes", dir.join(program))
+                    .with_context(|| format!("link {program} to the multi-call binary"))?;
+            }
+            Ok(())
+        },
+    )
 }
 
 /// Directory with `etcd`.
@@ -100,7 +105,12 @@ pub fn e2e_suite() -> Result<PathBuf> {
         test: false,
         cgo: false,
     };
-    ensure("e2e", "upstream suite (about 7 min the first time)", &[suite, runner], |_| Ok(()))
+    ensure(
+        "e2e",
+        "upstream suite (about 7 min the first time)",
+        &[suite, runner],
+        |_| Ok(()),
+    )
 }
 
 /// Directory with `agnhost`, the program inside the suite's main test image.
@@ -134,7 +144,11 @@ pub fn stock_peers() -> Result<PathBuf> {
         cgo: false,
     };
     let mut builds = vec![
-        plain("peers/containerd", "github.com/containerd/containerd/v2/cmd/containerd", "containerd"),
+        plain(
+            "peers/containerd",
+            "github.com/containerd/containerd/v2/cmd/containerd",
+            "containerd",
+        ),
         plain(
             "peers/containerd",
             "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
@@ -151,14 +165,31 @@ pub fn stock_peers() -> Result<PathBuf> {
     ];
     let plugins = "peers/cni-plugins";
     for (package, output) in [
-        ("github.com/containernetworking/plugins/plugins/main/bridge", "bridge"),
-        ("github.com/containernetworking/plugins/plugins/main/loopback", "loopback"),
-        ("github.com/containernetworking/plugins/plugins/ipam/host-local", "host-local"),
-        ("github.com/containernetworking/plugins/plugins/meta/portmap", "portmap"),
+        (
+            "github.com/containernetworking/plugins/plugins/main/bridge",
+            "bridge",
+        ),
+        (
+            "github.com/containernetworking/plugins/plugins/main/loopback",
+            "loopback",
+        ),
+        (
+            "github.com/containernetworking/plugins/plugins/ipam/host-local",
+            "host-local",
+        ),
+        (
+            "github.com/containernetworking/plugins/plugins/meta/portmap",
+            "portmap",
+        ),
     ] {
         builds.push(plain(plugins, package, output));
     }
-    ensure("stock", "stock node: containerd, runc, CNI plugins (about 2 min)", &builds, |_| Ok(()))
+    ensure(
+        "stock",
+        "stock node: containerd, runc, CNI plugins (about 2 min)",
+        &builds,
+        |_| Ok(()),
+    )
 }
 
 fn kubernetes_linker_flags() -> String {
@@ -171,7 +202,10 @@ fn kubernetes_linker_flags() -> String {
         ("gitTreeState", "clean"),
         ("buildDate", "2026-07-22T18:07:38Z"),
     ];
-    for package in ["k8s.io/component-base/version", "k8s.io/client-go/pkg/version"] {
+    for package in [
+        "k8s.io/component-base/version",
+        "k8s.io/client-go/pkg/version",
+    ] {
         for (name, value) in values {
             flags.push_str(&format!(" -X {package}.{name}={value}"));
         }
@@ -210,9 +244,16 @@ fn ensure(
 fn run(build: &GoBuild<'_>, tests: &Path, dir: &Path, title: &str) -> Result<()> {
     let mut step = Step::begin(format!("build {title}: {}", build.output));
     let mut command = Command::new("go");
-    command.args(if build.test { &["test", "-c"][..] } else { &["build"][..] });
+    command.args(if build.test {
+        &["test", "-c"][..]
+    } else {
+        &["build"][..]
+    });
     command.args(["-v", "-trimpath"]).args(&build.flags);
-    command.arg("-o").arg(dir.join(build.output)).arg(build.package);
+    command
+        .arg("-o")
+        .arg(dir.join(build.output))
+        .arg(build.package);
     command
         .current_dir(tests.join(build.module))
         .env("CGO_ENABLED", if build.cgo { "1" } else { "0" })
@@ -221,7 +262,10 @@ fn run(build: &GoBuild<'_>, tests: &Path, dir: &Path, title: &str) -> Result<()>
         .stderr(Stdio::piped());
     let line = describe(&command);
     let mut child = command.spawn().with_context(|| format!("run `{line}`"))?;
-    let stderr = child.stderr.take().context("standard error was not piped")?;
+    let stderr = child
+        .stderr
+        .take()
+        .context("standard error was not piped")?;
     // The last lines are the error, if there is one.
     let mut tail = std::collections::VecDeque::with_capacity(KEPT_LINES);
     let mut packages = 0_u32;

@@ -30,7 +30,14 @@ pub struct Programs {
 pub fn build(profile: &str) -> Result<Programs> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let workspace = paths::workspace();
-    let agent = &["build", "--quiet", "--package", "kubelet", "--profile", profile];
+    let agent = &[
+        "build",
+        "--quiet",
+        "--package",
+        "kubelet",
+        "--profile",
+        profile,
+    ];
     command::interactive(command::command(&cargo, agent).current_dir(&workspace))
         .context("build kubelet")?;
     let small = [
@@ -46,7 +53,9 @@ pub fn build(profile: &str) -> Result<Programs> {
         STATIC_TARGET,
     ];
     let mut command: Command = command::command(&cargo, &small);
-    command.current_dir(&workspace).env("RUSTFLAGS", STATIC_FLAGS);
+    command
+        .current_dir(&workspace)
+        .env("RUSTFLAGS", STATIC_FLAGS);
     command::interactive(&mut command).context("build pod-shim and cni-bridge")?;
     let programs = Programs {
         kubelet: paths::target().join(profile).join("kubelet"),

@@ -15,7 +15,9 @@ pub fn hierarchies() -> Vec<PathBuf> {
     if base.join("cgroup.controllers").exists() {
         return vec![base.to_path_buf()];
     }
-    let Ok(entries) = fs::read_dir(base) else { return Vec::new() };
+    let Ok(entries) = fs::read_dir(base) else {
+        return Vec::new();
+    };
     let mut found: Vec<PathBuf> = entries
         .flatten()
         // Symlinks name the same hierarchy twice (`cpu` and `cpu,cpuacct`).
@@ -50,7 +52,9 @@ fn ensure_directory(parent: &Path, dir: &Path) -> Result<()> {
     match fs::create_dir(dir) {
         Ok(()) => {}
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(error).with_context(|| format!("create cgroup {}", dir.display())),
+        Err(error) => {
+            return Err(error).with_context(|| format!("create cgroup {}", dir.display()));
+        }
     }
     // A new cpuset of v1 is empty and takes no process before it has processors and memory.
     for file in ["cpuset.cpus", "cpuset.mems"] {
@@ -93,7 +97,9 @@ pub fn processes(dir: &Path) -> Vec<ProcessIdentity> {
 }
 
 fn children(dir: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Vec::new();
+    };
     entries
         .flatten()
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
@@ -116,7 +122,11 @@ pub fn kill_all(dirs: &[PathBuf], limit: Duration) -> Result<()> {
             return Ok(());
         }
         if start.elapsed() > limit {
-            bail!("{} processes survive SIGKILL, first {}", left.len(), left[0].pid);
+            bail!(
+                "{} processes survive SIGKILL, first {}",
+                left.len(),
+                left[0].pid
+            );
         }
         for process in &left {
             process.signal(rustix::process::Signal::KILL)?;
@@ -138,12 +148,15 @@ pub fn remove_tree(dir: &Path) -> Result<()> {
         remove_tree(&child)?;
     }
     // A process that has been waited for may still be listed for a moment while it is torn down.
-    process::until("a cgroup to empty", Duration::from_secs(10), || Ok(()), || {
-        match fs::remove_dir(dir) {
+    process::until(
+        "a cgroup to empty",
+        Duration::from_secs(10),
+        || Ok(()),
+        || match fs::remove_dir(dir) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(error).with_context(|| format!("remove cgroup {}", dir.display()))
             }
             _ => Ok(()),
-        }
-    })
+        },
+    )
 }

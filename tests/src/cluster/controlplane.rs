@@ -31,12 +31,22 @@ pub fn ensure(lab: &mut Lab) -> Result<()> {
     lab.ensure_process("registry", &registry(&layout)?)?;
     step.detail("waiting for the apiserver");
     wait_ready(lab)?;
-    lab.ensure_process("kube-controller-manager", &controller_manager(&layout, &programs))?;
+    lab.ensure_process(
+        "kube-controller-manager",
+        &controller_manager(&layout, &programs),
+    )?;
     lab.ensure_process("kube-scheduler", &scheduler(&layout, &programs))?;
     lab.kubectl.apply(ACCESS).context("grant access")?;
     // Pods cannot be created before the controller manager has made the default account.
-    let account = ["wait", "--for=create", "serviceaccount/default", "--timeout=60s"];
-    lab.kubectl.run(&account).context("wait for the controller manager")?;
+    let account = [
+        "wait",
+        "--for=create",
+        "serviceaccount/default",
+        "--timeout=60s",
+    ];
+    lab.kubectl
+        .run(&account)
+        .context("wait for the controller manager")?;
     step.done(&layout.server());
     Ok(())
 }
@@ -53,7 +63,10 @@ fn wait_ready(lab: &Lab) -> Result<()> {
 }
 
 fn flags(pairs: &[(&str, String)]) -> Vec<String> {
-    pairs.iter().map(|(name, value)| format!("--{name}={value}")).collect()
+    pairs
+        .iter()
+        .map(|(name, value)| format!("--{name}={value}"))
+        .collect()
 }
 
 fn pki(layout: &Layout, file: &str) -> String {
@@ -68,8 +81,14 @@ fn etcd(layout: &Layout, programs: &Path) -> ProcessSpec {
         ("listen-client-urls", format!("https://{address}:2379")),
         ("advertise-client-urls", format!("https://{address}:2379")),
         ("listen-peer-urls", format!("https://{address}:2380")),
-        ("initial-advertise-peer-urls", format!("https://{address}:2380")),
-        ("initial-cluster", format!("{}=https://{address}:2380", layout.name)),
+        (
+            "initial-advertise-peer-urls",
+            format!("https://{address}:2380"),
+        ),
+        (
+            "initial-cluster",
+            format!("{}=https://{address}:2380", layout.name),
+        ),
         ("client-cert-auth", "true".into()),
         ("trusted-ca-file", pki(layout, "etcd-ca.crt")),
         ("cert-file", pki(layout, "etcd.crt")),
@@ -98,25 +117,52 @@ fn apiserver(layout: &Layout, programs: &Path) -> ProcessSpec {
         ("client-ca-file", pki(layout, "ca.crt")),
         ("tls-cert-file", pki(layout, "apiserver.crt")),
         ("tls-private-key-file", pki(layout, "apiserver.key")),
-        ("kubelet-client-certificate", pki(layout, "apiserver-kubelet-client.crt")),
-        ("kubelet-client-key", pki(layout, "apiserver-kubelet-client.key")),
+        (
+            "kubelet-client-certificate",
+            pki(layout, "apiserver-kubelet-client.crt"),
+        ),
+        (
+            "kubelet-client-key",
+            pki(layout, "apiserver-kubelet-client.key"),
+        ),
         ("kubelet-certificate-authority", pki(layout, "ca.crt")),
         // Node names do not resolve here.
         ("kubelet-preferred-address-types", "InternalIP".into()),
-        ("service-account-issuer", "https://kubernetes.default.svc.cluster.local".into()),
-        ("service-account-key-file", pki(layout, "service-account.crt")),
-        ("service-account-signing-key-file", pki(layout, "service-account.key")),
+        (
+            "service-account-issuer",
+            "https://kubernetes.default.svc.cluster.local".into(),
+        ),
+        (
+            "service-account-key-file",
+            pki(layout, "service-account.crt"),
+        ),
+        (
+            "service-account-signing-key-file",
+            pki(layout, "service-account.key"),
+        ),
         ("service-cluster-ip-range", layout.service_network()),
         ("authorization-mode", "Node,RBAC".into()),
         ("enable-admission-plugins", "NodeRestriction".into()),
         ("allow-privileged", "true".into()),
-        ("requestheader-client-ca-file", pki(layout, "front-proxy-ca.crt")),
+        (
+            "requestheader-client-ca-file",
+            pki(layout, "front-proxy-ca.crt"),
+        ),
         ("requestheader-allowed-names", "front-proxy-client".into()),
         ("requestheader-username-headers", "X-Remote-User".into()),
         ("requestheader-group-headers", "X-Remote-Group".into()),
-        ("requestheader-extra-headers-prefix", "X-Remote-Extra-".into()),
-        ("proxy-client-cert-file", pki(layout, "front-proxy-client.crt")),
-        ("proxy-client-key-file", pki(layout, "front-proxy-client.key")),
+        (
+            "requestheader-extra-headers-prefix",
+            "X-Remote-Extra-".into(),
+        ),
+        (
+            "proxy-client-cert-file",
+            pki(layout, "front-proxy-client.crt"),
+        ),
+        (
+            "proxy-client-key-file",
+            pki(layout, "front-proxy-client.key"),
+        ),
         // The control plane runs no kube-proxy: aggregated servers are reached at their pods.
         ("enable-aggregator-routing", "true".into()),
         ("cert-dir", layout.dir.join("pki").display().to_string()),
@@ -125,7 +171,11 @@ fn apiserver(layout: &Layout, programs: &Path) -> ProcessSpec {
 }
 
 fn controller_manager(layout: &Layout, programs: &Path) -> ProcessSpec {
-    let kubeconfig = layout.dir.join("controller-manager.kubeconfig").display().to_string();
+    let kubeconfig = layout
+        .dir
+        .join("controller-manager.kubeconfig")
+        .display()
+        .to_string();
     let args = flags(&[
         ("kubeconfig", kubeconfig.clone()),
         ("authentication-kubeconfig", kubeconfig.clone()),
@@ -135,9 +185,15 @@ fn controller_manager(layout: &Layout, programs: &Path) -> ProcessSpec {
         ("cluster-signing-cert-file", pki(layout, "ca.crt")),
         ("cluster-signing-key-file", pki(layout, "ca.key")),
         ("root-ca-file", pki(layout, "ca.crt")),
-        ("service-account-private-key-file", pki(layout, "service-account.key")),
+        (
+            "service-account-private-key-file",
+            pki(layout, "service-account.key"),
+        ),
         ("use-service-account-credentials", "true".into()),
-        ("controllers", "*,bootstrap-signer-controller,token-cleaner-controller".into()),
+        (
+            "controllers",
+            "*,bootstrap-signer-controller,token-cleaner-controller".into(),
+        ),
         ("allocate-node-cidrs", "true".into()),
         ("cluster-cidr", layout.pod_network()),
         ("service-cluster-ip-range", layout.service_network()),
@@ -153,7 +209,11 @@ fn controller_manager(layout: &Layout, programs: &Path) -> ProcessSpec {
 }
 
 fn scheduler(layout: &Layout, programs: &Path) -> ProcessSpec {
-    let kubeconfig = layout.dir.join("scheduler.kubeconfig").display().to_string();
+    let kubeconfig = layout
+        .dir
+        .join("scheduler.kubeconfig")
+        .display()
+        .to_string();
     let args = flags(&[
         ("kubeconfig", kubeconfig.clone()),
         ("authentication-kubeconfig", kubeconfig.clone()),

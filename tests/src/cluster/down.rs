@@ -4,9 +4,9 @@
 use super::layout::{CGROUP_TOP, Layout};
 use super::state::LabState;
 use super::{LabLock, cgroup, network};
+use crate::paths;
 use crate::process::{self, ProcessIdentity};
 use crate::progress::Step;
-use crate::paths;
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::Path;
@@ -23,7 +23,11 @@ pub fn down(name: &str) -> Result<()> {
     let lock = LabLock::take(name)?;
     let state = LabState::load(&paths::labs(), name)?;
     // Without a record the number does not matter: links and processes are found by name.
-    let layout = Layout::new(&paths::labs(), name, state.as_ref().map_or(0, |state| state.index))?;
+    let layout = Layout::new(
+        &paths::labs(),
+        name,
+        state.as_ref().map_or(0, |state| state.index),
+    )?;
     let step = Step::begin(format!("take down lab {name}"));
     let mut failures = Vec::new();
     let mut attempt = |result: Result<()>| {
@@ -50,7 +54,10 @@ pub fn down(name: &str) -> Result<()> {
 /// Node processes first: a container must not be restarted while its agent is about to die.
 fn remove_processes(name: &str, state: Option<&LabState>) -> Result<()> {
     let recorded = state.iter().flat_map(|state| {
-        let processes = state.processes.values().filter_map(|record| record.identity);
+        let processes = state
+            .processes
+            .values()
+            .filter_map(|record| record.identity);
         processes.chain(state.nodes.values().filter_map(|node| node.holder))
     });
     let recorded: Vec<ProcessIdentity> = recorded.collect();
@@ -58,9 +65,9 @@ fn remove_processes(name: &str, state: Option<&LabState>) -> Result<()> {
         process.signal(rustix::process::Signal::KILL)?;
     }
     let below = format!("{name}/");
-    let owned = process::owned().into_iter().filter(|(_, owner)| {
-        owner == name || owner.starts_with(&below)
-    });
+    let owned = process::owned()
+        .into_iter()
+        .filter(|(_, owner)| owner == name || owner.starts_with(&below));
     for (process, _) in owned {
         process::kill(process, KILL_LIMIT)?;
     }

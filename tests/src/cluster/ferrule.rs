@@ -1,8 +1,8 @@
 //! What a node with our kubelet needs: our programs, the runtime's configuration, the network
 //! plugin and its configuration.
 
-use super::node::{self, NodeContext};
 use super::Lab;
+use super::node::{self, NodeContext};
 use crate::process::ProcessSpec;
 use anyhow::{Context, Result};
 
@@ -50,7 +50,10 @@ pub fn start(lab: &mut Lab, node: &NodeContext) -> Result<()> {
         ("cert-dir", "/var/lib/kubelet/pki"),
         ("runtime-config", "/etc/kubernetes/ferrule.yaml"),
     ];
-    let args = pairs.iter().map(|(name, value)| format!("--{name}={value}")).collect();
+    let args = pairs
+        .iter()
+        .map(|(name, value)| format!("--{name}={value}"))
+        .collect();
     let mut spec = ProcessSpec::new(node.dir.join("bin/kubelet"), args);
     spec.env.push(("RUST_BACKTRACE".into(), "1".into()));
     node::ensure_agent(lab, node, "kubelet", spec)

@@ -17,7 +17,10 @@ impl Kubectl {
     /// kubectl out of the directory of the built control plane.
     #[must_use]
     pub fn new(programs: &Path, kubeconfig: PathBuf) -> Self {
-        Self { program: programs.join("kubectl"), kubeconfig }
+        Self {
+            program: programs.join("kubectl"),
+            kubeconfig,
+        }
     }
 
     /// A command ready for more arguments.
@@ -62,6 +65,9 @@ impl Kubectl {
     /// # Errors
     /// When kubectl fails; the message carries what it printed.
     pub fn apply(&self, manifest: &str) -> Result<String> {
-        command::stdout_with_input(&mut self.command(&["apply", "-f", "-"]), manifest.as_bytes())
+        command::stdout_with_input(
+            &mut self.command(&["apply", "-f", "-"]),
+            manifest.as_bytes(),
+        )
     }
 }

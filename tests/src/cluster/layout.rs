@@ -26,8 +26,15 @@ impl Layout {
     /// When the name cannot be part of a path, or the index is out of range.
     pub fn new(labs: &Path, name: &str, index: u8) -> Result<Self> {
         check_name(name)?;
-        ensure!(index <= MAX_INDEX, "lab number {index} is above {MAX_INDEX}");
-        Ok(Self { name: name.to_owned(), index, dir: labs.join(name) })
+        ensure!(
+            index <= MAX_INDEX,
+            "lab number {index} is above {MAX_INDEX}"
+        );
+        Ok(Self {
+            name: name.to_owned(),
+            index,
+            dir: labs.join(name),
+        })
     }
 
     /// Bridge all nodes and the control plane are on.
@@ -51,7 +58,12 @@ impl Layout {
     /// Address of node number `node`, counted from 1.
     #[must_use]
     pub fn node_address(&self, node: usize) -> Ipv4Addr {
-        Ipv4Addr::new(10, 99, self.index, u8::try_from(10 + node).unwrap_or(u8::MAX))
+        Ipv4Addr::new(
+            10,
+            99,
+            self.index,
+            u8::try_from(10 + node).unwrap_or(u8::MAX),
+        )
     }
 
     /// `node-1`, `node-2`, …
@@ -157,7 +169,11 @@ mod tests {
         for index in 0..=MAX_INDEX {
             let lab = Layout::new(Path::new("/x"), "a", index).unwrap();
             assert!(seen.insert(lab.pod_network()), "{}", lab.pod_network());
-            assert!(seen.insert(lab.service_network()), "{}", lab.service_network());
+            assert!(
+                seen.insert(lab.service_network()),
+                "{}",
+                lab.service_network()
+            );
             assert!(seen.insert(lab.control_address().to_string()));
             assert!(lab.veth(MAX_NODES).len() < 16, "{}", lab.veth(MAX_NODES));
         }

@@ -105,7 +105,8 @@ impl LabLock {
             .with_context(|| format!("create {} (labs need root)", labs.display()))?;
         let path = Self::path(lab);
         let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
-        file.lock().with_context(|| format!("lock {}", path.display()))?;
+        file.lock()
+            .with_context(|| format!("lock {}", path.display()))?;
         Ok(Self { _file: file })
     }
 
@@ -128,7 +129,15 @@ impl Lab {
         let layout = Layout::new(&paths::labs(), name, state.index)?;
         fs::create_dir_all(layout.dir.join("logs")).context("create the lab's log directory")?;
         let kubectl = Kubectl::new(&programs, layout.admin_kubeconfig());
-        Ok(Self { layout, state, programs, ours: None, peers: None, kubectl, _lock: lock })
+        Ok(Self {
+            layout,
+            state,
+            programs,
+            ours: None,
+            peers: None,
+            kubectl,
+            _lock: lock,
+        })
     }
 
     /// Opens a lab that is up.
@@ -137,7 +146,10 @@ impl Lab {
     /// When there is no lab of that name.
     pub fn open(name: &str) -> Result<Self> {
         let known = LabState::load(&paths::labs(), name)?.is_some();
-        anyhow::ensure!(known, "lab {name} is not up; run `cargo xtask up --lab {name}`");
+        anyhow::ensure!(
+            known,
+            "lab {name} is not up; run `cargo xtask up --lab {name}`"
+        );
         Self::open_or_new(name)
     }
 
@@ -164,7 +176,10 @@ impl Lab {
             }
             process::stop(identity, STOP_GRACE)?;
         }
-        let record = ProcessRecord { fingerprint, identity: None };
+        let record = ProcessRecord {
+            fingerprint,
+            identity: None,
+        };
         self.state.processes.insert(name.to_owned(), record);
         self.save()?;
         let owner = match name.split_once('/') {
@@ -182,8 +197,12 @@ impl Lab {
 
     /// A starter that was killed between start and record leaves a process that holds the port.
     fn kill_unrecorded(&self, owner: &str, spec: &ProcessSpec) -> Result<()> {
-        let recorded: Vec<_> =
-            self.state.processes.values().filter_map(|record| record.identity).collect();
+        let recorded: Vec<_> = self
+            .state
+            .processes
+            .values()
+            .filter_map(|record| record.identity)
+            .collect();
         for (process, name) in process::owned() {
             let command = fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
             let same = command.starts_with(spec.program.as_os_str().as_encoded_bytes());
@@ -198,14 +217,20 @@ impl Lab {
     /// When the process is not running any more; the message carries the end of its log.
     pub fn require_alive(&self, name: &str) -> Result<()> {
         let record = self.state.processes.get(name);
-        if record.and_then(|record| record.identity).is_some_and(process::ProcessIdentity::is_alive) {
+        if record
+            .and_then(|record| record.identity)
+            .is_some_and(process::ProcessIdentity::is_alive)
+        {
             return Ok(());
         }
         let log = self.layout.log(&name.replace('/', "-"));
         let text = fs::read_to_string(&log).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         let tail = lines[lines.len().saturating_sub(15)..].join("\n");
-        bail!("{name} is not running; the end of {}:\n{tail}", log.display())
+        bail!(
+            "{name} is not running; the end of {}:\n{tail}",
+            log.display()
+        )
     }
 
     /// The nodes that have a place in the network.
@@ -228,11 +253,19 @@ impl Lab {
 /// # Errors
 /// When a step fails; `down` removes whatever was made.
 pub fn up(options: &UpOptions) -> Result<Lab> {
-    anyhow::ensure!(rustix::process::geteuid().is_root(), "a lab needs root: namespaces, cgroups");
+    anyhow::ensure!(
+        rustix::process::geteuid().is_root(),
+        "a lab needs root: namespaces, cgroups"
+    );
     packages::ensure(packages::CONTROL_PLANE, options.may_install)?;
     let mut lab = Lab::open_or_new(&options.lab)?;
-    let nodes = options.nodes.unwrap_or_else(|| lab.state.nodes.len().max(1));
-    anyhow::ensure!(nodes <= MAX_NODES, "{nodes} nodes are more than {MAX_NODES}");
+    let nodes = options
+        .nodes
+        .unwrap_or_else(|| lab.state.nodes.len().max(1));
+    anyhow::ensure!(
+        nodes <= MAX_NODES,
+        "{nodes} nodes are more than {MAX_NODES}"
+    );
     if nodes > 0 {
         build_programs(&mut lab, options)?;
     }
@@ -245,9 +278,16 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
     let step = Step::begin("test images");
     images::ensure_pushed(&lab.layout.registry(), &paths::cache()?)?;
     step.done(&lab.layout.registry());
-    let step = Step::begin(format!("{nodes} {}", if nodes == 1 { "node" } else { "nodes" }));
+    let step = Step::begin(format!(
+        "{nodes} {}",
+        if nodes == 1 { "node" } else { "nodes" }
+    ));
     for number in 1..=nodes {
-        let recorded = lab.state.nodes.get(&Layout::node_name(number)).map(|node| node.kind);
+        let recorded = lab
+            .state
+            .nodes
+            .get(&Layout::node_name(number))
+            .map(|node| node.kind);
         let kind = recorded.unwrap_or(options.kind);
         node::ensure(&mut lab, &authorities, number, kind, options.agents)?;
     }
@@ -272,15 +312,26 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
 fn build_programs(lab: &mut Lab, options: &UpOptions) -> Result<()> {
     packages::ensure(packages::NODES, options.may_install)?;
     let stock = options.kind == NodeKind::Stock
-        || lab.state.nodes.values().any(|node| node.kind == NodeKind::Stock);
+        || lab
+            .state
+            .nodes
+            .values()
+            .any(|node| node.kind == NodeKind::Stock);
     let ferrule = options.kind == NodeKind::Ferrule
-        || lab.state.nodes.values().any(|node| node.kind == NodeKind::Ferrule);
+        || lab
+            .state
+            .nodes
+            .values()
+            .any(|node| node.kind == NodeKind::Ferrule);
     if stock {
         packages::ensure(packages::STOCK, options.may_install)?;
         lab.peers = Some(artefacts::go::stock_peers()?);
     }
     if ferrule {
-        let step = Step::begin(format!("build kubelet ({}), pod-shim, cni-bridge", options.profile));
+        let step = Step::begin(format!(
+            "build kubelet ({}), pod-shim, cni-bridge",
+            options.profile
+        ));
         lab.ours = Some(ours::build(&options.profile)?);
         step.done("");
     }
@@ -292,28 +343,51 @@ fn build_programs(lab: &mut Lab, options: &UpOptions) -> Result<()> {
 fn join_network(lab: &mut Lab, name: &str) -> Result<()> {
     let process = format!("{name}/kubelet");
     let node = format!("node/{name}");
-    let pod_network = until("the node to register", READY_LIMIT, || lab.require_alive(&process), || {
-        lab.kubectl.run(&["wait", "--for=create", &node, "--timeout=5s"])?;
-        let wait = ["wait", "--for=jsonpath={.spec.podCIDR}", &node, "--timeout=5s"];
-        lab.kubectl.run(&wait)?;
-        lab.kubectl.run(&["get", &node, "--output=jsonpath={.spec.podCIDR}"])
-    })?;
-    let Some(record) = lab.state.nodes.get_mut(name) else { return Ok(()) };
+    let pod_network = until(
+        "the node to register",
+        READY_LIMIT,
+        || lab.require_alive(&process),
+        || {
+            lab.kubectl
+                .run(&["wait", "--for=create", &node, "--timeout=5s"])?;
+            let wait = [
+                "wait",
+                "--for=jsonpath={.spec.podCIDR}",
+                &node,
+                "--timeout=5s",
+            ];
+            lab.kubectl.run(&wait)?;
+            lab.kubectl
+                .run(&["get", &node, "--output=jsonpath={.spec.podCIDR}"])
+        },
+    )?;
+    let Some(record) = lab.state.nodes.get_mut(name) else {
+        return Ok(());
+    };
     record.pod_network = Some(pod_network.clone());
     let configuration = match record.kind {
         NodeKind::Ferrule => ferrule::network_configuration(&pod_network),
         NodeKind::Stock => stock::network_configuration(&pod_network),
     };
     lab.save()?;
-    let file = lab.layout.node_dir(name).join("cni-conf/10-ferrule.conflist");
+    let file = lab
+        .layout
+        .node_dir(name)
+        .join("cni-conf/10-ferrule.conflist");
     node::write_changed(&file, &configuration, 0o644)
 }
 
 fn wait_node_ready(lab: &Lab, name: &str) -> Result<()> {
     let process = format!("{name}/kubelet");
-    until(&format!("{name} to become Ready"), READY_LIMIT, || lab.require_alive(&process), || {
-        let node = format!("node/{name}");
-        lab.kubectl.run(&["wait", "--for=condition=Ready", &node, "--timeout=5s"])
-    })?;
+    until(
+        &format!("{name} to become Ready"),
+        READY_LIMIT,
+        || lab.require_alive(&process),
+        || {
+            let node = format!("node/{name}");
+            lab.kubectl
+                .run(&["wait", "--for=condition=Ready", &node, "--timeout=5s"])
+        },
+    )?;
     Ok(())
 }

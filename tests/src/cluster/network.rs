@@ -35,7 +35,9 @@ pub fn owner_of(link: &str) -> Option<String> {
 /// Links of our own network namespace that belong to some lab, with the lab's name.
 #[must_use]
 pub fn lab_links() -> Vec<(String, String)> {
-    let Ok(entries) = fs::read_dir("/sys/class/net") else { return Vec::new() };
+    let Ok(entries) = fs::read_dir("/sys/class/net") else {
+        return Vec::new();
+    };
     entries
         .flatten()
         .filter_map(|entry| entry.file_name().into_string().ok())
@@ -52,7 +54,10 @@ fn exists(link: &str) -> bool {
 fn claim(layout: &Layout, link: &str) -> Result<()> {
     match owner_of(link) {
         Some(lab) if lab == layout.name => Ok(()),
-        Some(lab) => bail!("link {link} belongs to lab {lab}, not to lab {}", layout.name),
+        Some(lab) => bail!(
+            "link {link} belongs to lab {lab}, not to lab {}",
+            layout.name
+        ),
         None => ip(&["link", "set", "dev", link, "alias", &alias(layout)]).map(drop),
     }
 }
@@ -87,7 +92,15 @@ pub fn ensure_node(layout: &Layout, number: usize, holder: i32) -> Result<()> {
         ip(&args)?;
     }
     claim(layout, &veth)?;
-    ip(&["link", "set", "dev", &veth, "master", &layout.bridge(), "up"])?;
+    ip(&[
+        "link",
+        "set",
+        "dev",
+        &veth,
+        "master",
+        &layout.bridge(),
+        "up",
+    ])?;
     let address = format!("{}/24", layout.node_address(number));
     ip_in(holder, &["address", "replace", &address, "dev", "eth0"])?;
     ip_in(holder, &["link", "set", "dev", "lo", "up"])?;
@@ -133,8 +146,11 @@ pub fn ensure_routes(layout: &Layout, sites: &[Site]) -> Result<()> {
 /// # Errors
 /// When the kernel refuses.
 pub fn remove(layout: &Layout) -> Result<()> {
-    let mut links: Vec<String> =
-        lab_links().into_iter().filter(|(_, lab)| *lab == layout.name).map(|(link, _)| link).collect();
+    let mut links: Vec<String> = lab_links()
+        .into_iter()
+        .filter(|(_, lab)| *lab == layout.name)
+        .map(|(link, _)| link)
+        .collect();
     // The bridge last, so that an interrupted removal is still recognised as a lab.
     links.sort_by_key(|link| *link == layout.bridge());
     for link in links {

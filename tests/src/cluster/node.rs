@@ -91,7 +91,12 @@ pub fn ensure(
         existing.is_none_or(|existing| existing == kind),
         "{name} exists and is a {existing:?} node"
     );
-    let record = NodeRecord { number, kind, holder: None, pod_network: None };
+    let record = NodeRecord {
+        number,
+        kind,
+        holder: None,
+        pod_network: None,
+    };
     lab.state.nodes.entry(name.clone()).or_insert(record);
     lab.save()?;
     let context = ensure_namespaces(lab, &name, number)?;
@@ -114,7 +119,13 @@ pub fn existing(lab: &Lab, name: &str) -> Result<NodeContext> {
         .with_context(|| format!("lab {} has no node {name} up", lab.layout.name))?;
     let dir = lab.layout.node_dir(name);
     let cgroups = cgroup::ensure_node(&lab.layout, name)?;
-    Ok(NodeContext { name: name.into(), number, holder: holder.pid, dir, cgroups })
+    Ok(NodeContext {
+        name: name.into(),
+        number,
+        holder: holder.pid,
+        dir,
+        cgroups,
+    })
 }
 
 fn ensure_namespaces(lab: &mut Lab, name: &str, number: usize) -> Result<NodeContext> {
@@ -123,7 +134,13 @@ fn ensure_namespaces(lab: &mut Lab, name: &str, number: usize) -> Result<NodeCon
     let cgroups = cgroup::ensure_node(&lab.layout, name)?;
     let recorded = lab.state.nodes.get(name).and_then(|node| node.holder);
     if let Some(holder) = recorded.filter(|holder| holder.is_alive()) {
-        return Ok(NodeContext { name: name.into(), number, holder: holder.pid, dir, cgroups });
+        return Ok(NodeContext {
+            name: name.into(),
+            number,
+            holder: holder.pid,
+            dir,
+            cgroups,
+        });
     }
     // Without its holder nothing of the node can be entered or trusted any more.
     remove_processes(lab, name)?;
@@ -134,15 +151,33 @@ fn ensure_namespaces(lab: &mut Lab, name: &str, number: usize) -> Result<NodeCon
     let control = lab.layout.control_address().to_string();
     let directory = dir.display().to_string();
     let target = holder.pid.to_string();
-    let mut prepare = command("nsenter", &["--target", &target, "--net", "--mount", "--uts", "--"]);
-    prepare.args(["sh", "-c", PREPARE_MOUNTS, "sh", &directory, name, &control, &address]);
+    let mut prepare = command(
+        "nsenter",
+        &["--target", &target, "--net", "--mount", "--uts", "--"],
+    );
+    prepare.args([
+        "sh",
+        "-c",
+        PREPARE_MOUNTS,
+        "sh",
+        &directory,
+        name,
+        &control,
+        &address,
+    ]);
     prepare.arg(&lab.layout.name);
     stdout(&mut prepare).with_context(|| format!("prepare the file system of {name}"))?;
     if let Some(node) = lab.state.nodes.get_mut(name) {
         node.holder = Some(holder);
     }
     lab.save()?;
-    Ok(NodeContext { name: name.into(), number, holder: holder.pid, dir, cgroups })
+    Ok(NodeContext {
+        name: name.into(),
+        number,
+        holder: holder.pid,
+        dir,
+        cgroups,
+    })
 }
 
 /// The owner variable of a node's processes.
@@ -158,7 +193,10 @@ pub fn owner(layout: &Layout, node: &str) -> String {
 pub fn remove_processes(lab: &Lab, node: &str) -> Result<()> {
     let limit = Duration::from_secs(30);
     let owner = owner(&lab.layout, node);
-    for (process, _) in process::owned().into_iter().filter(|(_, name)| *name == owner) {
+    for (process, _) in process::owned()
+        .into_iter()
+        .filter(|(_, name)| *name == owner)
+    {
         process::kill(process, limit)?;
     }
     let mut dirs = cgroup::existing(Some(&lab.layout.name));
@@ -174,8 +212,13 @@ fn write_credentials(lab: &Lab, authorities: &Authorities, node: &NodeContext) -
     let layout = &lab.layout;
     let user = format!("system:node:{}", node.name);
     let client = Subject::client(&user, Some("system:nodes"));
-    let client = authorities.cluster.ensure_issued(layout, &node.name, client)?;
-    let names = [node.name.clone(), layout.node_address(node.number).to_string()];
+    let client = authorities
+        .cluster
+        .ensure_issued(layout, &node.name, client)?;
+    let names = [
+        node.name.clone(),
+        layout.node_address(node.number).to_string(),
+    ];
     let serving = Subject::server(&user, &names);
     let file = format!("{}-serving", node.name);
     let serving = authorities.cluster.ensure_issued(layout, &file, serving)?;
@@ -246,12 +289,21 @@ pub fn ensure_agent(
 ) -> Result<()> {
     spec.namespaces_of = Some(node.holder);
     for dir in &node.cgroups {
-        let controller = dir.strip_prefix("/sys/fs/cgroup").ok().and_then(|rest| rest.iter().next());
+        let controller = dir
+            .strip_prefix("/sys/fs/cgroup")
+            .ok()
+            .and_then(|rest| rest.iter().next());
         // Only hierarchies in which a kubelet makes groups of its own; the others stay untouched.
         let wanted = controller.is_some_and(|name| {
-            ["cpu", "cpuacct", "memory", "pids", super::layout::CGROUP_TOP]
-                .iter()
-                .any(|wanted| name == *wanted)
+            [
+                "cpu",
+                "cpuacct",
+                "memory",
+                "pids",
+                super::layout::CGROUP_TOP,
+            ]
+            .iter()
+            .any(|wanted| name == *wanted)
         });
         if wanted {
             let agent = dir.join("agent");
@@ -284,7 +336,10 @@ pub fn install(program: &Path, place: &Path) -> Result<()> {
 #[must_use]
 pub fn enter(holder: i32, args: &[String]) -> Command {
     let target = holder.to_string();
-    let mut nsenter = command("nsenter", &["--target", &target, "--net", "--mount", "--uts", "--"]);
+    let mut nsenter = command(
+        "nsenter",
+        &["--target", &target, "--net", "--mount", "--uts", "--"],
+    );
     nsenter.args(args);
     nsenter
 }

@@ -40,13 +40,25 @@ impl<'a> Subject<'a> {
     /// A client's certificate.
     #[must_use]
     pub fn client(common_name: &'a str, organization: Option<&'a str>) -> Self {
-        Self { common_name, organization, names: &[], server: false, client: true }
+        Self {
+            common_name,
+            organization,
+            names: &[],
+            server: false,
+            client: true,
+        }
     }
 
     /// A server's certificate.
     #[must_use]
     pub fn server(common_name: &'a str, names: &'a [String]) -> Self {
-        Self { common_name, organization: None, names, server: true, client: false }
+        Self {
+            common_name,
+            organization: None,
+            names,
+            server: true,
+            client: false,
+        }
     }
 }
 
@@ -72,11 +84,15 @@ impl Authority {
             KeyUsagePurpose::KeyCertSign,
             KeyUsagePurpose::CrlSign,
         ];
-        (params.not_before, params.not_after) = (date_time_ymd(2024, 1, 1), date_time_ymd(2054, 1, 1));
-        let certificate =
-            params.self_signed(&key).with_context(|| format!("sign authority {name}"))?;
-        let credentials =
-            Credentials { certificate: certificate.pem(), key: key.serialize_pem() };
+        (params.not_before, params.not_after) =
+            (date_time_ymd(2024, 1, 1), date_time_ymd(2054, 1, 1));
+        let certificate = params
+            .self_signed(&key)
+            .with_context(|| format!("sign authority {name}"))?;
+        let credentials = Credentials {
+            certificate: certificate.pem(),
+            key: key.serialize_pem(),
+        };
         Ok(Self { credentials })
     }
 
@@ -108,13 +124,19 @@ impl Authority {
         let mut params = CertificateParams::new(subject.names)
             .with_context(|| format!("names of certificate {}", subject.common_name))?;
         params.distinguished_name = distinguished_name(subject.common_name, subject.organization);
-        params.key_usages =
-            vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
+        params.key_usages = vec![
+            KeyUsagePurpose::DigitalSignature,
+            KeyUsagePurpose::KeyEncipherment,
+        ];
         if subject.server {
-            params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
+            params
+                .extended_key_usages
+                .push(ExtendedKeyUsagePurpose::ServerAuth);
         }
         if subject.client {
-            params.extended_key_usages.push(ExtendedKeyUsagePurpose::ClientAuth);
+            params
+                .extended_key_usages
+                .push(ExtendedKeyUsagePurpose::ClientAuth);
         }
         params.use_authority_key_identifier_extension = true;
         params.not_before = date_time_ymd(not_before.0, not_before.1, not_before.2);
@@ -122,7 +144,10 @@ impl Authority {
         let certificate = params
             .signed_by(&key, &issuer)
             .with_context(|| format!("sign certificate {}", subject.common_name))?;
-        Ok(Credentials { certificate: certificate.pem(), key: key.serialize_pem() })
+        Ok(Credentials {
+            certificate: certificate.pem(),
+            key: key.serialize_pem(),
+        })
     }
 
     /// Issues a certificate that is valid now.
@@ -164,7 +189,10 @@ fn ensure_credentials(
     let certificate_path = layout.pki(&format!("{file}.crt"));
     let key_path = layout.pki(&format!("{file}.key"));
     if certificate_path.exists() && key_path.exists() {
-        return Ok(Credentials { certificate: read(&certificate_path)?, key: read(&key_path)? });
+        return Ok(Credentials {
+            certificate: read(&certificate_path)?,
+            key: read(&key_path)?,
+        });
     }
     let credentials = make()?;
     write_file(&key_path, credentials.key.as_bytes(), 0o600)?;
@@ -195,12 +223,23 @@ pub fn ensure_control_plane(layout: &Layout) -> Result<Authorities> {
         etcd: Authority::ensure(layout, "etcd-ca")?,
         front_proxy: Authority::ensure(layout, "front-proxy-ca")?,
     };
-    let Authorities { cluster, etcd, front_proxy } = &authorities;
+    let Authorities {
+        cluster,
+        etcd,
+        front_proxy,
+    } = &authorities;
     let address = layout.control_address().to_string();
     let etcd_names = [address.clone(), "127.0.0.1".into(), "localhost".into()];
-    let server = Subject { client: true, ..Subject::server("etcd", &etcd_names) };
+    let server = Subject {
+        client: true,
+        ..Subject::server("etcd", &etcd_names)
+    };
     etcd.ensure_issued(layout, "etcd", server)?;
-    etcd.ensure_issued(layout, "apiserver-etcd-client", Subject::client("kube-apiserver", None))?;
+    etcd.ensure_issued(
+        layout,
+        "apiserver-etcd-client",
+        Subject::client("kube-apiserver", None),
+    )?;
     let apiserver_names = [
         address,
         "127.0.0.1".into(),
@@ -219,7 +258,10 @@ pub fn ensure_control_plane(layout: &Layout) -> Result<Authorities> {
     front_proxy.ensure_issued(layout, "front-proxy-client", front)?;
     ensure_credentials(layout, "service-account", || {
         let key = KeyPair::generate().context("make a key")?;
-        Ok(Credentials { certificate: key.public_key_pem(), key: key.serialize_pem() })
+        Ok(Credentials {
+            certificate: key.public_key_pem(),
+            key: key.serialize_pem(),
+        })
     })?;
     let clients = [
         ("admin", "kubernetes-admin", Some("system:masters")),
@@ -230,7 +272,11 @@ pub fn ensure_control_plane(layout: &Layout) -> Result<Authorities> {
     for (file, user, group) in clients {
         let credentials = cluster.ensure_issued(layout, file, Subject::client(user, group))?;
         let text = kubeconfig(layout, &cluster.credentials.certificate, user, &credentials);
-        write_file(&layout.dir.join(format!("{file}.kubeconfig")), text.as_bytes(), 0o600)?;
+        write_file(
+            &layout.dir.join(format!("{file}.kubeconfig")),
+            text.as_bytes(),
+            0o600,
+        )?;
     }
     Ok(authorities)
 }

@@ -11,7 +11,10 @@ use serde_json::Value;
 /// When it does not become available within two minutes.
 pub fn ensure(lab: &Lab) -> Result<()> {
     let step = Step::begin("sample");
-    let dir = paths::workspace().join("deploy/sample").display().to_string();
+    let dir = paths::workspace()
+        .join("deploy/sample")
+        .display()
+        .to_string();
     lab.kubectl.run(&["apply", "-f", &dir])?;
     lab.kubectl
         .run(&["rollout", "status", "deployment/hello", "--timeout=120s"])
@@ -76,12 +79,19 @@ fn items(list: &Value) -> &[Value] {
 }
 
 fn text(object: &Value, pointer: &str) -> String {
-    object.pointer(pointer).and_then(Value::as_str).unwrap_or("-").to_owned()
+    object
+        .pointer(pointer)
+        .and_then(Value::as_str)
+        .unwrap_or("-")
+        .to_owned()
 }
 
 fn ready(node: &Value) -> String {
     let conditions = node.pointer("/status/conditions").and_then(Value::as_array);
-    let ready = conditions.into_iter().flatten().find(|condition| condition["type"] == "Ready");
+    let ready = conditions
+        .into_iter()
+        .flatten()
+        .find(|condition| condition["type"] == "Ready");
     match ready {
         Some(condition) if condition["status"] == "True" => "Ready".into(),
         _ => "NotReady".into(),
@@ -94,8 +104,11 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
         std::array::from_fn(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0));
     let mut out = String::new();
     for row in rows {
-        let cells: Vec<String> =
-            row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let cells: Vec<String> = row
+            .iter()
+            .zip(widths)
+            .map(|(cell, width)| format!("{cell:width$}"))
+            .collect();
         out.push_str(cells.join("  ").trim_end());
         out.push('\n');
     }

@@ -81,7 +81,11 @@ impl LabState {
         let mut state: Self =
             serde_json::from_slice(&text).with_context(|| format!("parse {}", path.display()))?;
         if state.version != VERSION {
-            bail!("{} has version {}, not {VERSION}", path.display(), state.version);
+            bail!(
+                "{} has version {}, not {VERSION}",
+                path.display(),
+                state.version
+            );
         }
         let boot_id = boot_id()?;
         if state.boot_id != boot_id {
@@ -168,7 +172,10 @@ fn taken(labs: &Path) -> Result<BTreeSet<u8>> {
 
 fn boot_id() -> Result<String> {
     let path = "/proc/sys/kernel/random/boot_id";
-    Ok(fs::read_to_string(path).with_context(|| format!("read {path}"))?.trim().to_owned())
+    Ok(fs::read_to_string(path)
+        .with_context(|| format!("read {path}"))?
+        .trim()
+        .to_owned())
 }
 
 /// Writes a file under another name and renames it, creating its directory.
@@ -219,13 +226,26 @@ mod tests {
     fn pids_of_an_earlier_boot_are_forgotten() {
         let labs = scratch("boot");
         let mut state = LabState::load_or_new(&labs, "a").unwrap();
-        let identity = Some(ProcessIdentity { pid: 1, start_time: 1 });
+        let identity = Some(ProcessIdentity {
+            pid: 1,
+            start_time: 1,
+        });
         state.boot_id = "earlier".into();
-        state
-            .processes
-            .insert("etcd".into(), ProcessRecord { fingerprint: String::new(), identity });
+        state.processes.insert(
+            "etcd".into(),
+            ProcessRecord {
+                fingerprint: String::new(),
+                identity,
+            },
+        );
         state.save(&labs).unwrap();
-        assert!(LabState::load(&labs, "a").unwrap().unwrap().processes.is_empty());
+        assert!(
+            LabState::load(&labs, "a")
+                .unwrap()
+                .unwrap()
+                .processes
+                .is_empty()
+        );
         fs::remove_dir_all(labs).unwrap();
     }
 }

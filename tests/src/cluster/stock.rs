@@ -1,8 +1,8 @@
 //! The stock node for comparison: kubelet, containerd, runc and the CNI project's plugins, all
 //! unmodified, in the same kind of namespaces on the same bridge.
 
-use super::node::{self, NodeContext};
 use super::Lab;
+use super::node::{self, NodeContext};
 use crate::process::{ProcessSpec, until};
 use anyhow::{Context, Result};
 use std::path::Path;
@@ -13,18 +13,28 @@ use std::time::Duration;
 /// # Errors
 /// When a file cannot be written or a program not be started.
 pub fn ensure(lab: &mut Lab, node: &NodeContext, agent: bool) -> Result<()> {
-    let peers = lab.peers.clone().context("the stock programs were not built")?;
+    let peers = lab
+        .peers
+        .clone()
+        .context("the stock programs were not built")?;
     for plugin in ["bridge", "loopback", "host-local", "portmap"] {
         node::install(&peers.join(plugin), &node.dir.join("cni-bin").join(plugin))?;
     }
     let registry = lab.layout.registry();
     let config = node.dir.join("kubernetes");
-    node::write_changed(&config.join("containerd.toml"), &containerd_configuration(&peers), 0o644)?;
+    node::write_changed(
+        &config.join("containerd.toml"),
+        &containerd_configuration(&peers),
+        0o644,
+    )?;
     for host in ["registry.k8s.io", "docker.io", &registry] {
-        let hosts = format!(
-            "[host.\"http://{registry}\"]\ncapabilities = [\"pull\", \"resolve\"]\n"
-        );
-        node::write_changed(&config.join("certs.d").join(host).join("hosts.toml"), &hosts, 0o644)?;
+        let hosts =
+            format!("[host.\"http://{registry}\"]\ncapabilities = [\"pull\", \"resolve\"]\n");
+        node::write_changed(
+            &config.join("certs.d").join(host).join("hosts.toml"),
+            &hosts,
+            0o644,
+        )?;
     }
     let endpoint = "containerRuntimeEndpoint: unix:///run/containerd/containerd.sock\n";
     let kubelet = node::kubelet_configuration(&lab.layout, &node.name, endpoint);
@@ -39,11 +49,20 @@ pub fn ensure(lab: &mut Lab, node: &NodeContext, agent: bool) -> Result<()> {
     node::ensure_agent(lab, node, "containerd", containerd)?;
     let socket = format!("/proc/{}/root/run/containerd/containerd.sock", node.holder);
     let name = format!("{}/containerd", node.name);
-    until("containerd's socket", Duration::from_secs(30), || lab.require_alive(&name), || {
-        anyhow::ensure!(Path::new(&socket).exists(), "no socket at {socket}");
+    until(
+        "containerd's socket",
+        Duration::from_secs(30),
+        || lab.require_alive(&name),
+        || {
+            anyhow::ensure!(Path::new(&socket).exists(), "no socket at {socket}");
+            Ok(())
+        },
+    )?;
+    if agent {
+        start_kubelet(lab, node)
+    } else {
         Ok(())
-    })?;
-    if agent { start_kubelet(lab, node) } else { Ok(()) }
+    }
 }
 
 /// Starts the kubelet; harmless when it runs.
@@ -60,7 +79,10 @@ pub fn start_kubelet(lab: &mut Lab, node: &NodeContext) -> Result<()> {
         ("node-ip", &address),
         ("cert-dir", "/var/lib/kubelet/pki"),
     ];
-    let args = pairs.iter().map(|(name, value)| format!("--{name}={value}")).collect();
+    let args = pairs
+        .iter()
+        .map(|(name, value)| format!("--{name}={value}"))
+        .collect();
     let kubelet = ProcessSpec::new(lab.programs.join("kubelet"), args);
     node::ensure_agent(lab, node, "kubelet", kubelet)
 }
