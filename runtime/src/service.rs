@@ -495,6 +495,13 @@ pub trait RuntimeService: Send + Sync + 'static {
     fn remove_sandbox(&self, id: &SandboxId) -> impl Future<Output = Result<()>> + Send;
     /// All sandboxes known (from memory, cheap).
     fn list_sandboxes(&self) -> Vec<SandboxStatus>;
+    /// The sandboxes of one pod (from memory, cheap). Asked often: an implementation that holds
+    /// many pods should not copy all of them.
+    fn list_pod_sandboxes(&self, pod_uid: &str) -> Vec<SandboxStatus> {
+        let mut all = self.list_sandboxes();
+        all.retain(|s| s.config.uid == pod_uid);
+        all
+    }
     /// Records a container, prepares its writable layer and cgroup.
     fn create_container(
         &self,
