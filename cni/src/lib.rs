@@ -12,4 +12,5 @@
 
 pub mod invoke;
 pub mod ipam;
+pub mod skel;
 pub mod types;

@@ -28,7 +28,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use self::conflist::{NetworkList, valid_name};
+use self::conflist::NetworkList;
+pub(crate) use self::conflist::valid_name;
 use self::record::{Record, Records};
 use crate::types::{AttachResult, Dns, Interface, SpecVersion};
 
@@ -407,6 +408,13 @@ fn stamp(dir: &Path, file: &Path) -> Option<Stamp> {
     })
 }
 
+/// The kernel's rule for interface names, and none that would not be a file name.
+pub(crate) fn valid_ifname(name: &str) -> bool {
+    let forbidden = |c: char| c == '/' || c == ':' || c == '@' || c.is_whitespace();
+    // IFNAMSIZ is 16 with the closing zero.
+    (1..=15).contains(&name.len()) && name != "." && name != ".." && !name.contains(forbidden)
+}
+
 /// Everything here becomes part of environment variables and file names.
 fn validate(attachment: &Attachment) -> Result<(), InvokeError> {
     let bad = |field, value: &str, problem| InvokeError::BadAttachment {
@@ -419,12 +427,12 @@ fn validate(attachment: &Attachment) -> Result<(), InvokeError> {
         let problem = "may hold only letters, digits, '.', '_', '-'";
         return Err(bad("container id", &attachment.container_id, problem));
     }
-    let name = &attachment.ifname;
-    let forbidden = |c: char| c == '/' || c == ':' || c == '@' || c.is_whitespace();
-    // IFNAMSIZ is 16 with the closing zero.
-    if name.is_empty() || name.len() > 15 || name == "." || name == ".." || name.contains(forbidden)
-    {
-        return Err(bad("interface", name, "is not an interface name"));
+    if !valid_ifname(&attachment.ifname) {
+        return Err(bad(
+            "interface",
+            &attachment.ifname,
+            "is not an interface name",
+        ));
     }
     for (field, value) in [
         ("pod name", &attachment.pod_name),

@@ -72,7 +72,11 @@ pub fn allocate<S: Store>(
         };
         addresses.push(address);
     }
-    let lease = Lease { owner: owner.clone(), addresses, netns: netns.to_owned() };
+    let lease = Lease {
+        owner: owner.clone(),
+        addresses,
+        netns: netns.to_owned(),
+    };
     store.put_lease(&lease)?;
     for address in &lease.addresses {
         store.claim(*address, owner)?;
@@ -86,7 +90,9 @@ pub fn allocate<S: Store>(
 /// # Errors
 /// When the store fails; repeat then.
 pub fn free<S: Store>(store: &mut S, pool: &Pool, owner: &Owner) -> io::Result<Vec<IpAddr>> {
-    let Some(lease) = store.lease(owner)? else { return Ok(Vec::new()) };
+    let Some(lease) = store.lease(owner)? else {
+        return Ok(Vec::new());
+    };
     let mut queues = Queues::load(store, pool)?;
     for address in &lease.addresses {
         match store.holder(*address)? {
@@ -122,7 +128,9 @@ pub fn collect<S: Store>(
     }
     let mut queues = Queues::load(store, pool)?;
     for address in store.claimed()? {
-        let Some(holder) = store.holder(address)? else { continue };
+        let Some(holder) = store.holder(address)? else {
+            continue;
+        };
         let lease = store.lease(&holder)?;
         if !lease.is_some_and(|lease| lease.addresses.contains(&address)) {
             store.release(address)?;
@@ -145,9 +153,16 @@ pub fn available<S: Store>(store: &S, pool: &Pool) -> io::Result<Result<(), Stri
         if u64::from(set.positions() - cursor.fresh.min(set.positions())) > 2 {
             continue;
         }
-        let used = store.claimed()?.iter().filter(|a| set.position(**a).is_some()).count();
-        let gateways =
-            set.ranges().iter().filter(|r| r.start <= r.gateway && r.gateway <= r.end).count();
+        let used = store
+            .claimed()?
+            .iter()
+            .filter(|a| set.position(**a).is_some())
+            .count();
+        let gateways = set
+            .ranges()
+            .iter()
+            .filter(|r| r.start <= r.gateway && r.gateway <= r.end)
+            .count();
         if used + gateways >= set.positions() as usize {
             return Ok(Err(describe(set)));
         }
@@ -156,7 +171,10 @@ pub fn available<S: Store>(store: &S, pool: &Pool) -> io::Result<Result<(), Stri
 }
 
 fn describe(set: &RangeSet) -> String {
-    let ranges = set.ranges().iter().map(|r| format!("{}-{} of {}", r.start, r.end, r.subnet));
+    let ranges = set
+        .ranges()
+        .iter()
+        .map(|r| format!("{}-{} of {}", r.start, r.end, r.subnet));
     ranges.collect::<Vec<_>>().join(", ")
 }
 
@@ -164,7 +182,9 @@ fn describe(set: &RangeSet) -> String {
 fn assign(pool: &Pool, wanted: &[IpAddr]) -> Result<Vec<Option<IpAddr>>, AllocateError> {
     let mut wishes = vec![None; pool.sets.len()];
     for address in wanted {
-        let set = pool.set_of(*address).ok_or(AllocateError::Foreign(*address))?;
+        let set = pool
+            .set_of(*address)
+            .ok_or(AllocateError::Foreign(*address))?;
         if wishes[set].replace(*address).is_some() {
             return Err(AllocateError::TwoOfOneSet(*address));
         }
@@ -180,8 +200,14 @@ fn still_good<S: Store>(
     wanted: &[IpAddr],
 ) -> io::Result<bool> {
     let fits = lease.addresses.len() == pool.sets.len()
-        && lease.addresses.iter().zip(&pool.sets).all(|(a, set)| set.position(*a).is_some())
-        && wanted.iter().all(|address| lease.addresses.contains(address));
+        && lease
+            .addresses
+            .iter()
+            .zip(&pool.sets)
+            .all(|(a, set)| set.position(*a).is_some())
+        && wanted
+            .iter()
+            .all(|address| lease.addresses.contains(address));
     if !fits {
         return Ok(false);
     }
@@ -205,11 +231,20 @@ impl<'a> Queues<'a> {
     fn load<S: Store>(store: &S, pool: &'a Pool) -> io::Result<Self> {
         let fingerprint = pool.fingerprint();
         let cursors = store.cursors(&fingerprint, pool.sets.len())?;
-        Ok(Self { pool, fingerprint, cursors, changed: false })
+        Ok(Self {
+            pool,
+            fingerprint,
+            cursors,
+            changed: false,
+        })
     }
 
     fn save<S: Store>(&self, store: &mut S) -> io::Result<()> {
-        if self.changed { store.put_cursors(&self.fingerprint, &self.cursors) } else { Ok(()) }
+        if self.changed {
+            store.put_cursors(&self.fingerprint, &self.cursors)
+        } else {
+            Ok(())
+        }
     }
 
     /// The next address that nobody holds; what is held or unreadable is passed over for good.
@@ -239,11 +274,15 @@ impl<'a> Queues<'a> {
     /// Puts an address at the end of its queue. Not when it was never given away by this queue
     /// (it will be), nor when the queue is full of doubles: a refill finds it.
     fn push<S: Store>(&mut self, store: &mut S, address: IpAddr) -> io::Result<()> {
-        let Some(index) = self.pool.set_of(address) else { return Ok(()) };
+        let Some(index) = self.pool.set_of(address) else {
+            return Ok(());
+        };
         let set = &self.pool.sets[index];
         let cursor = &mut self.cursors[index];
         let places = u64::from(set.positions());
-        let Some(position) = set.position(address).filter(|position| *position < cursor.fresh)
+        let Some(position) = set
+            .position(address)
+            .filter(|position| *position < cursor.fresh)
         else {
             return Ok(());
         };
@@ -263,7 +302,10 @@ impl<'a> Queues<'a> {
         is_gone: &impl Fn(&Lease) -> bool,
     ) -> io::Result<()> {
         for lease in store.leases()? {
-            let concerns = lease.addresses.iter().any(|a| self.pool.set_of(*a) == Some(index));
+            let concerns = lease
+                .addresses
+                .iter()
+                .any(|a| self.pool.set_of(*a) == Some(index));
             if concerns && is_gone(&lease) {
                 for address in &lease.addresses {
                     if store.holder(*address)?.as_ref() == Some(&lease.owner) {

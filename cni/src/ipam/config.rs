@@ -38,7 +38,10 @@ pub struct HostLocal {
 type Result<T> = std::result::Result<T, ConfigError>;
 
 fn wrong<T>(field: impl Into<String>, problem: impl Into<String>) -> Result<T> {
-    Err(ConfigError { field: field.into(), problem: problem.into() })
+    Err(ConfigError {
+        field: field.into(),
+        problem: problem.into(),
+    })
 }
 
 impl HostLocal {
@@ -71,7 +74,9 @@ impl HostLocal {
         if !dir.is_absolute() {
             return wrong("ipam.dataDir", format!("{dir:?} is not an absolute path"));
         }
-        let dns = text(ipam, "resolvConf", "ipam")?.map(|p| resolv_conf(Path::new(&p))).transpose()?;
+        let dns = text(ipam, "resolvConf", "ipam")?
+            .map(|p| resolv_conf(Path::new(&p)))
+            .transpose()?;
         Ok(Self {
             pool,
             routes: routes(ipam.get("routes"), "ipam.routes")?,
@@ -86,9 +91,13 @@ fn no_overlap(pool: &Pool) -> Result<()> {
     let all: Vec<&Range> = pool.sets.iter().flat_map(RangeSet::ranges).collect();
     for (index, a) in all.iter().enumerate() {
         for b in &all[index + 1..] {
-            let apart = a.start.is_ipv4() != b.start.is_ipv4() || a.end < b.start || b.end < a.start;
+            let apart =
+                a.start.is_ipv4() != b.start.is_ipv4() || a.end < b.start || b.end < a.start;
             if !apart {
-                return wrong("ipam.ranges", format!("{} and {} overlap", a.subnet, b.subnet));
+                return wrong(
+                    "ipam.ranges",
+                    format!("{} and {} overlap", a.subnet, b.subnet),
+                );
             }
         }
     }
@@ -96,15 +105,21 @@ fn no_overlap(pool: &Pool) -> Result<()> {
 }
 
 fn range_sets(value: &Value, at: &str) -> Result<Vec<RangeSet>> {
-    let Value::Array(sets) = value else { return wrong(at, "is not a list of lists") };
+    let Value::Array(sets) = value else {
+        return wrong(at, "is not a list of lists");
+    };
     let mut all = Vec::new();
     for (i, set) in sets.iter().enumerate() {
         let at = format!("{at}[{i}]");
-        let Value::Array(items) = set else { return wrong(at, "is not a list") };
+        let Value::Array(items) = set else {
+            return wrong(at, "is not a list");
+        };
         let mut ranges = Vec::new();
         for (j, item) in items.iter().enumerate() {
             let at = format!("{at}[{j}]");
-            let Value::Object(item) = item else { return wrong(at, "is not an object") };
+            let Value::Object(item) = item else {
+                return wrong(at, "is not an object");
+            };
             ranges.push(range(item, &at)?);
         }
         all.push(range_set(&ranges, &at)?);
@@ -122,7 +137,12 @@ fn range(object: &Map<String, Value>, at: &str) -> Result<Range> {
     };
     let subnet: IpNet = match subnet.parse() {
         Ok(subnet) => subnet,
-        Err(_) => return wrong(format!("{at}.subnet"), format!("{subnet:?} is not a network")),
+        Err(_) => {
+            return wrong(
+                format!("{at}.subnet"),
+                format!("{subnet:?} is not a network"),
+            );
+        }
     };
     let start = address(object, "rangeStart", at)?;
     let end = address(object, "rangeEnd", at)?;
@@ -140,7 +160,9 @@ fn text(object: &Map<String, Value>, key: &str, at: &str) -> Result<Option<Strin
 }
 
 fn address(object: &Map<String, Value>, key: &str, at: &str) -> Result<Option<IpAddr>> {
-    let Some(text) = text(object, key, at)? else { return Ok(None) };
+    let Some(text) = text(object, key, at)? else {
+        return Ok(None);
+    };
     match text.parse() {
         Ok(address) => Ok(Some(address)),
         Err(_) => wrong(format!("{at}.{key}"), format!("{text:?} is not an address")),
@@ -156,7 +178,9 @@ fn routes(value: Option<&Value>, at: &str) -> Result<Vec<Route>> {
     let mut routes = Vec::new();
     for (index, item) in items.iter().enumerate() {
         let at = format!("{at}[{index}]");
-        let Value::Object(item) = item else { return wrong(at, "is not an object") };
+        let Value::Object(item) = item else {
+            return wrong(at, "is not an object");
+        };
         let dst = text(item, "dst", &at)?.unwrap_or_default();
         let Ok(dst) = dst.parse::<IpNet>() else {
             return wrong(format!("{at}.dst"), format!("{dst:?} is not a network"));
@@ -165,7 +189,10 @@ fn routes(value: Option<&Value>, at: &str) -> Result<Vec<Route>> {
             None | Some(Value::Null) => Ok(None),
             Some(value) => match value.as_u64().and_then(|n| u32::try_from(n).ok()) {
                 Some(number) => Ok(Some(number)),
-                None => wrong(format!("{at}.{key}"), format!("is {value}, not a whole number")),
+                None => wrong(
+                    format!("{at}.{key}"),
+                    format!("is {value}, not a whole number"),
+                ),
             },
         };
         let mut route = Route::new(dst, address(item, "gw", &at)?);
@@ -185,18 +212,28 @@ fn wanted(
     runtime: Option<&Map<String, Value>>,
     arg_ip: Option<&str>,
 ) -> Result<Vec<IpAddr>> {
-    let by_args = conf.get("args").and_then(|a| a.get("cni")).and_then(|c| c.get("ips"));
+    let by_args = conf
+        .get("args")
+        .and_then(|a| a.get("cni"))
+        .and_then(|c| c.get("ips"));
     let (list, at) = match (runtime.and_then(|r| r.get("ips")), by_args, arg_ip) {
         (Some(list), _, _) => (list.clone(), "runtimeConfig.ips"),
         (None, Some(list), _) => (list.clone(), "args.cni.ips"),
         (None, None, Some(text)) => (Value::Array(vec![text.into()]), "CNI_ARGS IP"),
         (None, None, None) => return Ok(Vec::new()),
     };
-    let Value::Array(items) = list else { return wrong(at, "is not a list") };
+    let Value::Array(items) = list else {
+        return wrong(at, "is not a list");
+    };
     let mut addresses = Vec::new();
     for item in &items {
         // With or without a prefix length, which the range decides.
-        let text = item.as_str().unwrap_or_default().split('/').next().unwrap_or_default();
+        let text = item
+            .as_str()
+            .unwrap_or_default()
+            .split('/')
+            .next()
+            .unwrap_or_default();
         match text.parse() {
             Ok(address) => addresses.push(address),
             Err(_) => return wrong(at, format!("holds {item}, which is not an address")),
@@ -232,7 +269,9 @@ mod tests {
     use super::*;
 
     fn check(conf: &str, expected: &str) {
-        let Value::Object(conf) = serde_json::from_str(conf).unwrap() else { panic!("no object") };
+        let Value::Object(conf) = serde_json::from_str(conf).unwrap() else {
+            panic!("no object")
+        };
         let said = match HostLocal::parse(&conf, None) {
             Ok(parsed) => parsed.pool.fingerprint(),
             Err(error) => error.to_string(),
@@ -242,7 +281,10 @@ mod tests {
 
     #[test]
     fn both_spellings_of_ranges_are_read() {
-        check(r#"{"ipam":{"subnet":"10.1.0.0/24"}}"#, "10.1.0.1-10.1.0.254~10.1.0.1");
+        check(
+            r#"{"ipam":{"subnet":"10.1.0.0/24"}}"#,
+            "10.1.0.1-10.1.0.254~10.1.0.1",
+        );
         check(
             r#"{"ipam":{"ranges":[[{"subnet":"10.1.0.0/24","rangeStart":"10.1.0.20","rangeEnd":"10.1.0.50","gateway":"10.1.0.254"}],[{"subnet":"fd00::/120"}]]}}"#,
             "10.1.0.20-10.1.0.50~10.1.0.254,fd00::1-fd00::ff~fd00::1",
@@ -255,8 +297,14 @@ mod tests {
 
     #[test]
     fn a_bad_value_names_its_field() {
-        check(r#"{"ipam":{}}"#, "ipam.ranges is missing, and so is ipam.subnet");
-        check(r#"{"ipam":{"subnet":"ten"}}"#, r#"ipam.subnet "ten" is not a network"#);
+        check(
+            r#"{"ipam":{}}"#,
+            "ipam.ranges is missing, and so is ipam.subnet",
+        );
+        check(
+            r#"{"ipam":{"subnet":"ten"}}"#,
+            r#"ipam.subnet "ten" is not a network"#,
+        );
         check(
             r#"{"ipam":{"ranges":[[{"subnet":"10.1.0.0/24","gateway":"10.2.0.1"}]]}}"#,
             "ipam.ranges[0][0] : gateway 10.2.0.1 is not in subnet 10.1.0.0/24",

@@ -66,7 +66,13 @@ impl DirStore {
     /// As [`DirStore::open`].
     pub fn open_in_boot(dir: &Path, boot_id: &str) -> io::Result<Self> {
         let lock_path = dir.join("lock");
-        let open = || OpenOptions::new().create(true).truncate(false).write(true).open(&lock_path);
+        let open = || {
+            OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(&lock_path)
+        };
         let lock = match open() {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 fs::create_dir_all(dir.join("leases"))?;
@@ -76,7 +82,11 @@ impl DirStore {
             other => other?,
         };
         lock.lock()?;
-        let store = Self { dir: dir.to_owned(), boot_id: boot_id.to_owned(), _lock: lock };
+        let store = Self {
+            dir: dir.to_owned(),
+            boot_id: boot_id.to_owned(),
+            _lock: lock,
+        };
         store.begin()?;
         Ok(store)
     }
@@ -97,13 +107,18 @@ impl DirStore {
                 }
             }
         }
-        let state =
-            State { boot_id: self.boot_id.clone(), fingerprint: String::new(), cursors: vec![] };
+        let state = State {
+            boot_id: self.boot_id.clone(),
+            fingerprint: String::new(),
+            cursors: vec![],
+        };
         write_checked(&self.dir.join("state"), &state)
     }
 
     fn lease_path(&self, owner: &Owner) -> PathBuf {
-        self.dir.join("leases").join(format!("{}@{}", owner.container_id, owner.ifname))
+        self.dir
+            .join("leases")
+            .join(format!("{}@{}", owner.container_id, owner.ifname))
     }
 
     fn claim_path(&self, address: IpAddr) -> PathBuf {
@@ -118,11 +133,16 @@ impl DirStore {
 
 impl Store for DirStore {
     fn lease(&self, owner: &Owner) -> io::Result<Option<Lease>> {
-        Ok(self.read_lease(&self.lease_path(owner)).filter(|lease| lease.owner == *owner))
+        Ok(self
+            .read_lease(&self.lease_path(owner))
+            .filter(|lease| lease.owner == *owner))
     }
 
     fn put_lease(&mut self, lease: &Lease) -> io::Result<()> {
-        let file = LeaseFile { boot_id: self.boot_id.clone(), lease: lease.clone() };
+        let file = LeaseFile {
+            boot_id: self.boot_id.clone(),
+            lease: lease.clone(),
+        };
         write_checked(&self.lease_path(&lease.owner), &file)
     }
 
@@ -140,7 +160,9 @@ impl Store for DirStore {
 
     fn holder(&self, address: IpAddr) -> io::Result<Option<Owner>> {
         let lease = self.read_lease(&self.claim_path(address));
-        Ok(lease.filter(|lease| lease.addresses.contains(&address)).map(|lease| lease.owner))
+        Ok(lease
+            .filter(|lease| lease.addresses.contains(&address))
+            .map(|lease| lease.owner))
     }
 
     fn claim(&mut self, address: IpAddr, owner: &Owner) -> io::Result<()> {
@@ -168,7 +190,9 @@ impl Store for DirStore {
         let mut claimed = Vec::new();
         for entry in fs::read_dir(self.dir.join("claims"))? {
             let name = entry?.file_name();
-            let Some(address) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+            let Some(address) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
             if self.holder(address)?.is_some() {
                 claimed.push(address);
             }
@@ -207,7 +231,11 @@ impl Store for DirStore {
 
     fn enqueue(&mut self, set: usize, place: u64, position: u32) -> io::Result<()> {
         let path = self.dir.join(format!("queue.{set}"));
-        let file = OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(path)?;
         file.write_all_at(&position.to_le_bytes(), place.saturating_mul(4))
     }
 }
@@ -222,7 +250,10 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 fn write_checked<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
     let body = serde_json::to_string(value)?;
     let staged = path.with_file_name(".staged");
-    fs::write(&staged, format!("{:016x}\n{body}", checksum(body.as_bytes())))?;
+    fs::write(
+        &staged,
+        format!("{:016x}\n{body}", checksum(body.as_bytes())),
+    )?;
     fs::rename(staged, path)
 }
 
@@ -231,7 +262,11 @@ fn read_checked<T: DeserializeOwned>(path: &Path) -> Option<T> {
     let text = fs::read_to_string(path).ok()?;
     let (sum, body) = text.split_once('\n')?;
     let whole = u64::from_str_radix(sum, 16).ok()? == checksum(body.as_bytes());
-    if whole { serde_json::from_str(body).ok() } else { None }
+    if whole {
+        serde_json::from_str(body).ok()
+    } else {
+        None
+    }
 }
 
 /// FNV-1a, 64 bits: finds torn and truncated files; not a defence against an attacker.

@@ -40,7 +40,11 @@ impl Store for MemoryStore {
 
     fn claim(&mut self, address: IpAddr, owner: &Owner) -> io::Result<()> {
         let holder = self.claims.entry(address).or_insert_with(|| owner.clone());
-        if holder == owner { Ok(()) } else { Err(io::ErrorKind::AlreadyExists.into()) }
+        if holder == owner {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::AlreadyExists.into())
+        }
     }
 
     fn release(&mut self, address: IpAddr) -> io::Result<()> {
@@ -54,7 +58,10 @@ impl Store for MemoryStore {
 
     fn cursors(&self, fingerprint: &str, sets: usize) -> io::Result<Vec<Cursor>> {
         let known = self.cursors.as_ref().filter(|(of, _)| of == fingerprint);
-        Ok(known.map_or_else(|| vec![Cursor::default(); sets], |(_, cursors)| cursors.clone()))
+        Ok(known.map_or_else(
+            || vec![Cursor::default(); sets],
+            |(_, cursors)| cursors.clone(),
+        ))
     }
 
     fn put_cursors(&mut self, fingerprint: &str, cursors: &[Cursor]) -> io::Result<()> {

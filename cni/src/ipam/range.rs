@@ -79,9 +79,11 @@ impl Range {
             return Err(RangeError::TooSmall(subnet));
         }
         let inside = |field, address: Option<IpAddr>| match address {
-            Some(address) if !subnet.contains(&address) => {
-                Err(RangeError::Outside { field, address, subnet })
-            }
+            Some(address) if !subnet.contains(&address) => Err(RangeError::Outside {
+                field,
+                address,
+                subnet,
+            }),
             address => Ok(address),
         };
         let first = step(subnet.network(), 1);
@@ -96,7 +98,10 @@ impl Range {
             gateway: inside("gateway", gateway)?.unwrap_or(first),
         };
         if number(range.end) < number(range.start) {
-            return Err(RangeError::Backwards { start: range.start, end: range.end });
+            return Err(RangeError::Backwards {
+                start: range.start,
+                end: range.end,
+            });
         }
         Ok(range)
     }
@@ -111,7 +116,9 @@ impl Range {
             return None;
         }
         let offset = number(address).checked_sub(number(self.start))?;
-        u32::try_from(offset).ok().filter(|offset| *offset < self.len())
+        u32::try_from(offset)
+            .ok()
+            .filter(|offset| *offset < self.len())
     }
 }
 
@@ -127,8 +134,13 @@ impl RangeSet {
     /// # Errors
     /// [`RangeError`].
     pub fn new(ranges: Vec<Range>) -> Result<Self, RangeError> {
-        let Some(first) = ranges.first() else { return Err(RangeError::Empty) };
-        if ranges.iter().any(|r| r.start.is_ipv4() != first.start.is_ipv4()) {
+        let Some(first) = ranges.first() else {
+            return Err(RangeError::Empty);
+        };
+        if ranges
+            .iter()
+            .any(|r| r.start.is_ipv4() != first.start.is_ipv4())
+        {
             return Err(RangeError::Mixed);
         }
         for (index, a) in ranges.iter().enumerate() {
@@ -144,7 +156,9 @@ impl RangeSet {
     /// How many positions there are, gateways included.
     #[must_use]
     pub fn positions(&self) -> u32 {
-        self.ranges.iter().fold(0, |sum: u32, range| sum.saturating_add(range.len()))
+        self.ranges
+            .iter()
+            .fold(0, |sum: u32, range| sum.saturating_add(range.len()))
     }
 
     /// The address at a position, unless it is a gateway.
@@ -176,7 +190,9 @@ impl RangeSet {
     /// The range an address belongs to.
     #[must_use]
     pub fn range_of(&self, address: IpAddr) -> Option<&Range> {
-        self.ranges.iter().find(|range| range.position(address).is_some())
+        self.ranges
+            .iter()
+            .find(|range| range.position(address).is_some())
     }
 
     /// Its ranges.
@@ -198,7 +214,10 @@ impl Pool {
     #[must_use]
     pub fn fingerprint(&self) -> String {
         let ranges = self.sets.iter().map(|set| {
-            let parts = set.ranges.iter().map(|r| format!("{}-{}~{}", r.start, r.end, r.gateway));
+            let parts = set
+                .ranges
+                .iter()
+                .map(|r| format!("{}-{}~{}", r.start, r.end, r.gateway));
             parts.collect::<Vec<_>>().join("+")
         });
         ranges.collect::<Vec<_>>().join(",")
@@ -207,7 +226,9 @@ impl Pool {
     /// The set an address belongs to, by number.
     #[must_use]
     pub fn set_of(&self, address: IpAddr) -> Option<usize> {
-        self.sets.iter().position(|set| set.position(address).is_some())
+        self.sets
+            .iter()
+            .position(|set| set.position(address).is_some())
     }
 }
 

@@ -12,13 +12,21 @@ use super::*;
 
 fn pool(ranges: &[&str]) -> Pool {
     let set = |subnet: &&str| {
-        RangeSet::new(vec![Range::new(subnet.parse().unwrap(), None, None, None).unwrap()]).unwrap()
+        RangeSet::new(vec![
+            Range::new(subnet.parse().unwrap(), None, None, None).unwrap(),
+        ])
+        .unwrap()
     };
-    Pool { sets: ranges.iter().map(set).collect() }
+    Pool {
+        sets: ranges.iter().map(set).collect(),
+    }
 }
 
 fn owner(n: usize) -> Owner {
-    Owner { container_id: format!("c{n}"), ifname: "eth0".into() }
+    Owner {
+        container_id: format!("c{n}"),
+        ifname: "eth0".into(),
+    }
 }
 
 struct TempDir(PathBuf);
@@ -71,7 +79,9 @@ impl<S: Store> DynStore for S {
         free(self, pool, &owner(n)).unwrap();
     }
     fn gc(&mut self, pool: &Pool, valid: &[usize]) -> usize {
-        collect(self, pool, |o| valid.iter().any(|n| owner(*n) == *o)).unwrap().len()
+        collect(self, pool, |o| valid.iter().any(|n| owner(*n) == *o))
+            .unwrap()
+            .len()
     }
     fn ready(&self, pool: &Pool) -> bool {
         available(self, pool).unwrap().is_ok()
@@ -80,9 +90,11 @@ impl<S: Store> DynStore for S {
         self.claimed().unwrap().len()
     }
     fn add_if_gone(&mut self, pool: &Pool, n: usize, gone: usize) -> Result<Vec<String>, String> {
-        allocate(self, pool, &owner(n), Path::new("/n"), &[], |l| l.owner == owner(gone))
-            .map(|lease| lease.addresses.iter().map(ToString::to_string).collect())
-            .map_err(|e| e.to_string())
+        allocate(self, pool, &owner(n), Path::new("/n"), &[], |l| {
+            l.owner == owner(gone)
+        })
+        .map(|lease| lease.addresses.iter().map(ToString::to_string).collect())
+        .map_err(|e| e.to_string())
     }
 }
 
@@ -131,7 +143,10 @@ fn a_full_pool_says_so_and_serves_again_after_a_release() {
         }
         assert!(!store.ready(&pool));
         let error = store.add(&pool, 9, &[]).unwrap_err();
-        assert_eq!(error, "no address is free in 10.1.0.1-10.1.0.6 of 10.1.0.0/29");
+        assert_eq!(
+            error,
+            "no address is free in 10.1.0.1-10.1.0.6 of 10.1.0.0/29"
+        );
         store.del(&pool, 3);
         assert!(store.ready(&pool));
         assert_eq!(store.add(&pool, 9, &[]).unwrap(), ["10.1.0.5"]);
@@ -160,10 +175,16 @@ fn a_wanted_address_is_given_once_and_only_from_the_ranges() {
             "address 10.1.0.77 is held by c1/eth0"
         );
         for foreign in ["10.2.0.1", "10.1.0.1"] {
-            assert!(store.add(&pool, 2, &[foreign]).unwrap_err().contains("in no range"));
+            assert!(
+                store
+                    .add(&pool, 2, &[foreign])
+                    .unwrap_err()
+                    .contains("in no range")
+            );
         }
-        let rest: HashSet<_> =
-            (10..262).map(|n| store.add(&pool, n, &[]).unwrap().remove(0)).collect();
+        let rest: HashSet<_> = (10..262)
+            .map(|n| store.add(&pool, n, &[]).unwrap().remove(0))
+            .collect();
         assert!(!rest.contains("10.1.0.77") && rest.len() == 252);
         store.del(&pool, 1);
         assert_eq!(store.add(&pool, 3, &[]).unwrap(), ["10.1.0.77"]);
@@ -217,7 +238,10 @@ fn state_cut_at_any_byte_costs_no_double_use_and_no_address() {
         for cut in 0..length {
             let dir = TempDir::new();
             prepare(&dir, &pool);
-            let file = std::fs::OpenOptions::new().write(true).open(dir.0.join(name)).unwrap();
+            let file = std::fs::OpenOptions::new()
+                .write(true)
+                .open(dir.0.join(name))
+                .unwrap();
             file.set_len(cut).unwrap();
             let mut store = dir.store();
             let mut seen: HashSet<String> = HashSet::new();
@@ -229,7 +253,11 @@ fn state_cut_at_any_byte_costs_no_double_use_and_no_address() {
             }
             // c3 may have lost its lease with the file; c4 keeps his.
             assert!(!seen.contains("10.1.0.6"), "{name} cut at {cut}");
-            assert!(store.used() == 5, "{name} cut at {cut}: {} used", store.used());
+            assert!(
+                store.used() == 5,
+                "{name} cut at {cut}: {} used",
+                store.used()
+            );
         }
     }
 }
@@ -321,14 +349,19 @@ fn op() -> impl Strategy<Value = (Op, Option<u32>)> {
 /// and every finished lease is still whole. In the end nothing is leaked.
 fn survive<S: Store>(store: S, script: Vec<(Op, Option<u32>)>) -> Result<(), TestCaseError> {
     let pool = pool(&["10.1.0.0/29", "fd00::/125"]);
-    let mut store = Mortal { inner: store, left: u32::MAX };
+    let mut store = Mortal {
+        inner: store,
+        left: u32::MAX,
+    };
     // What ADD answered and no DEL was begun for.
     let mut held: BTreeMap<usize, Vec<IpAddr>> = BTreeMap::new();
     for (op, dies_after) in script {
         store.left = dies_after.unwrap_or(u32::MAX);
         match op {
             Op::Add(n) => {
-                let got = allocate(&mut store, &pool, &owner(n), Path::new("/n"), &[], |_| false);
+                let got = allocate(&mut store, &pool, &owner(n), Path::new("/n"), &[], |_| {
+                    false
+                });
                 if let Ok(lease) = got {
                     if let Some(before) = held.get(&n) {
                         prop_assert_eq!(before, &lease.addresses);
@@ -357,7 +390,9 @@ fn survive<S: Store>(store: S, script: Vec<(Op, Option<u32>)>) -> Result<(), Tes
     collect(&mut store, &pool, |_| false).unwrap();
     prop_assert_eq!(store.claimed().unwrap().len(), 0);
     for n in 0..5 {
-        let got = allocate(&mut store, &pool, &owner(n), Path::new("/n"), &[], |_| false);
+        let got = allocate(&mut store, &pool, &owner(n), Path::new("/n"), &[], |_| {
+            false
+        });
         prop_assert!(got.is_ok(), "{:?}", got);
     }
     Ok(())
