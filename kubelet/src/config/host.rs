@@ -44,9 +44,7 @@ fn towards(peer: SocketAddr) -> Option<IpAddr> {
 
 /// The apiserver's address, when the kubeconfig names it by address.
 fn apiserver_address(path: &Path) -> Option<SocketAddr> {
-    let config = kube::config::Kubeconfig::read_from(path).ok()?;
-    let server = config.clusters.first()?.cluster.as_ref()?.server.clone()?;
-    let uri: http::Uri = server.parse().ok()?;
+    let uri = crate::api::endpoint::read(path).ok()?.server;
     let host = uri.host()?.trim_matches(['[', ']']);
     Some(SocketAddr::new(
         host.parse().ok()?,

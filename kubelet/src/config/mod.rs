@@ -7,13 +7,13 @@
 //! Forbidden outside this module: reading a configuration file, or asking again whether a value
 //! is sane.
 
-mod check;
-mod duration;
+pub mod check;
+pub mod duration;
 pub mod flags;
-mod host;
-mod load;
-mod resolve;
-mod schema;
+pub mod host;
+pub mod load;
+pub mod resolve;
+pub mod schema;
 
 pub use check::Problem;
 pub use flags::{FlagError, Flags};
