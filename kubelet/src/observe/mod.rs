@@ -16,8 +16,7 @@ pub struct PodObservation {
 impl PodObservation {
     /// Reads it. Cheap: the runtime answers from memory.
     pub fn read<R: RuntimeService>(runtime: &R, uid: &str) -> Self {
-        let mut sandboxes = runtime.list_sandboxes();
-        sandboxes.retain(|s| s.config.uid == uid);
+        let sandboxes = runtime.list_pod_sandboxes(uid);
         let containers = sandboxes
             .iter()
             .flat_map(|s| runtime.list_containers(Some(&s.id)))

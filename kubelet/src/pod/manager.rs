@@ -82,6 +82,9 @@ pub struct Inputs {
     pub changes: mpsc::Receiver<PodChange>,
     /// Probe verdicts.
     pub probes: mpsc::Receiver<ProbeUpdate>,
+    /// Namespaces in which a ConfigMap or Secret changed: what failed for want of one there is
+    /// tried again at once.
+    pub objects: mpsc::Receiver<String>,
 }
 
 impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
@@ -112,6 +115,13 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
                 Some(update) = inputs.probes.recv() => {
                     if let Some(worker) = self.workers.get(&update.pod_uid) {
                         worker.mailbox.probe(update);
+                    }
+                }
+                Some(namespace) = inputs.objects.recv() => {
+                    for worker in self.workers.values() {
+                        if spec::namespace(&worker.desired.borrow().pod) == namespace {
+                            worker.mailbox.retry();
+                        }
                     }
                 }
                 event = news.recv() => self.news(event),
@@ -230,12 +240,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
         !desired.gone
             && desired.pod.metadata.deletion_timestamp.is_none()
             && !spec::is_terminal(&desired.pod)
-            && !self
-                .deps
-                .runtime
-                .list_sandboxes()
-                .iter()
-                .any(|s| s.config.uid == uid)
+            && self.deps.runtime.list_pod_sandboxes(uid).is_empty()
     }
 
     fn news(&mut self, event: Result<RuntimeEvent, broadcast::error::RecvError>) {

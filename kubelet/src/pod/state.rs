@@ -157,6 +157,17 @@ pub struct Steps {
     pub farewell: Step,
 }
 
+impl Steps {
+    /// Steps that may have waited for an object of the API are due at once.
+    pub fn retry_now(&mut self) {
+        for step in std::iter::once(&mut self.volumes).chain(self.starts.values_mut()) {
+            if let Step::Failed(failure) = step {
+                failure.retry_at_ns = 0;
+            }
+        }
+    }
+}
+
 /// A kill of one container.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Kill {

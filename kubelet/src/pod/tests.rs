@@ -125,6 +125,7 @@ struct Lab {
     events: EventSink,
     index: PodIndex,
     changes: mpsc::Sender<PodChange>,
+    objects: mpsc::Sender<String>,
     cancel: CancellationToken,
 }
 
@@ -154,9 +155,11 @@ impl Lab {
             index: index.clone(),
         });
         tokio::spawn(publisher.task(api.clone()).run(cancel.clone()));
+        let (objects, objects_rx) = mpsc::channel(8);
         let inputs = Inputs {
             changes: changes_rx,
             probes: probes_rx,
+            objects: objects_rx,
         };
         tokio::spawn(Manager::new(deps).run(inputs, cancel.clone()));
         Self {
@@ -166,6 +169,7 @@ impl Lab {
             events,
             index,
             changes,
+            objects,
             cancel,
         }
     }
@@ -339,7 +343,7 @@ async fn a_rejected_pod_fails_and_never_gets_a_sandbox() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_config_error_waits_with_its_reason_and_is_retried() {
+async fn a_config_error_waits_with_its_reason_and_is_retried_when_the_object_comes() {
     let lab = Lab::start(Arc::new(FakeRuntime::new()));
     lab.node.config_errors.lock().unwrap().push(StepError {
         retry_after: Some(Duration::from_millis(50)),
@@ -354,6 +358,7 @@ async fn a_config_error_waits_with_its_reason_and_is_retried() {
         })
     })
     .await;
+    lab.objects.send("ns".to_owned()).await.unwrap();
     lab.phase("u1", "Running").await;
 }
 

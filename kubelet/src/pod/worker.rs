@@ -23,6 +23,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Pod, PodStatus};
 use runtime::service::{ContainerId, ContainerState, ContainerStatus, RuntimeService};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
@@ -62,6 +63,7 @@ pub struct Desired {
 pub struct Mailbox {
     wake: Notify,
     probes: Mutex<Vec<ProbeUpdate>>,
+    retry: AtomicBool,
 }
 
 impl Mailbox {
@@ -76,6 +78,12 @@ impl Mailbox {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(update);
+        self.wake();
+    }
+
+    /// What a step may have failed for has changed: try failed steps again now.
+    pub fn retry(&self) {
+        self.retry.store(true, Ordering::Release);
         self.wake();
     }
 
@@ -227,6 +235,9 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         }
         let observed = PodObservation::read(&*self.deps.runtime, spec::uid(&self.pod));
         self.take_probes();
+        if self.mailbox.retry.swap(false, Ordering::AcqRel) {
+            self.steps.retry_now();
+        }
         self.track(&observed);
         let plan = plan::plan(&PlanInput {
             pod: &self.pod,
