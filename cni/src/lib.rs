@@ -10,6 +10,7 @@
 //! one-shot path must neither fork (except for a delegated IPAM plugin), sleep, dump kernel
 //! tables, nor talk to the API server. No policy of any one plugin lives here.
 
+pub mod firewall;
 pub mod invoke;
 pub mod ipam;
 pub mod skel;

@@ -1,0 +1,136 @@
+//! CHECK: compares the kernel and the leases with the previous result.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use cni::firewall;
+use cni::skel::Input;
+use cni::types::{AttachResult, CniError, ErrorCode};
+use linux::netlink::{Link, Rtnl};
+use linux::nft::Nft;
+
+use crate::config::BridgeConf;
+use crate::{address, kernel, plan};
+
+fn differs(msg: String) -> CniError {
+    CniError::new(ErrorCode::StateDiffers, msg)
+}
+
+pub(crate) fn check(input: &Input<'_>, previous: &AttachResult) -> Result<(), CniError> {
+    let conf = BridgeConf::parse(input)?;
+    let mut rtnl = Rtnl::open().map_err(|e| kernel(&e))?;
+    let bridge = present(&mut rtnl, &conf.bridge)?;
+    let host = present(
+        &mut rtnl,
+        &plan::host_name(&input.conf.name, &input.owner()),
+    )?;
+    if host.master != Some(bridge.index) {
+        return Err(differs(format!(
+            "link {} is no port of {}",
+            host.name, bridge.name
+        )));
+    }
+    if !host.up || !bridge.up {
+        return Err(differs(format!(
+            "link {} or {} is down",
+            host.name, bridge.name
+        )));
+    }
+    if (host.hairpin, host.isolated) != (conf.hairpin, conf.isolated) {
+        return Err(differs(format!(
+            "port {} has other options than configured",
+            host.name
+        )));
+    }
+    if conf.is_gateway {
+        let on_bridge = rtnl.addresses_of(bridge.index).map_err(|e| kernel(&e))?;
+        for gateway in plan::gateways(previous) {
+            if !on_bridge.iter().any(|a| a.address == gateway.addr()) {
+                return Err(differs(format!("bridge {} lacks {gateway}", bridge.name)));
+            }
+        }
+    }
+    if conf.masquerade {
+        check_masquerade(input, &conf, previous)?;
+    }
+    check_inside(input, &conf, previous)?;
+    address::check(input, &conf.ipam, previous)
+}
+
+fn present(rtnl: &mut Rtnl, name: &str) -> Result<Link, CniError> {
+    let link = rtnl.link_by_name(name).map_err(|e| kernel(&e))?;
+    link.ok_or_else(|| differs(format!("link {name} is missing")))
+}
+
+fn check_masquerade(
+    input: &Input<'_>,
+    conf: &BridgeConf,
+    previous: &AttachResult,
+) -> Result<(), CniError> {
+    let subnets = address::subnets(input, &conf.ipam, previous);
+    let chain = firewall::masquerade(&input.conf.name, &subnets, &conf.masquerade_except);
+    let rules = Nft::open()
+        .and_then(|mut nft| nft.rules_in(&chain.name))
+        .map_err(|e| kernel(&e))?;
+    if rules == Some(chain.rules.len()) {
+        Ok(())
+    } else {
+        Err(differs(format!(
+            "masquerade chain {} is missing or incomplete",
+            chain.name
+        )))
+    }
+}
+
+fn check_inside(
+    input: &Input<'_>,
+    conf: &BridgeConf,
+    previous: &AttachResult,
+) -> Result<(), CniError> {
+    let path = input.netns.as_deref().unwrap_or(Path::new(""));
+    let netns = File::open(path).map_err(|e| {
+        let msg = format!("open network namespace {}", path.display());
+        CniError::caused(ErrorCode::InvalidEnvironment, msg, &e)
+    })?;
+    let mut inside = Rtnl::open_in(netns.as_fd()).map_err(|e| kernel(&e))?;
+    let link = present(&mut inside, &input.ifname)?;
+    if link.up == conf.leave_down {
+        let state = if link.up { "up" } else { "down" };
+        return Err(differs(format!("interface {} is {state}", input.ifname)));
+    }
+    let told = previous
+        .interfaces
+        .iter()
+        .find(|i| !i.sandbox.is_empty() && i.name == link.name);
+    let mac = link.mac.map(|mac| mac.to_string()).unwrap_or_default();
+    if let Some(told) = told.filter(|told| !told.mac.is_empty())
+        && !told.mac.eq_ignore_ascii_case(&mac)
+    {
+        let msg = format!(
+            "interface {} has hardware address {mac}, not {}",
+            link.name, told.mac
+        );
+        return Err(differs(msg));
+    }
+    let addresses = inside.addresses_of(link.index).map_err(|e| kernel(&e))?;
+    for ip in &previous.ips {
+        if !ip
+            .interface
+            .is_none_or(|i| previous.interfaces[i].name == link.name)
+        {
+            continue;
+        }
+        let (address, len) = (ip.address.addr(), ip.address.prefix_len());
+        if !addresses
+            .iter()
+            .any(|a| a.address == address && a.prefix_len == len)
+        {
+            return Err(differs(format!(
+                "interface {} lacks {}",
+                link.name, ip.address
+            )));
+        }
+    }
+    Ok(())
+}
