@@ -23,3 +23,6 @@ pub mod source;
 pub mod status;
 pub mod probes;
 pub mod quantity;
+pub mod server;
+pub mod launch;
+pub mod volumes;

@@ -1,0 +1,248 @@
+//! What a container mounts: its volumes, `/etc/hosts`, the termination message file.
+
+use super::expand::expand_sub_path;
+use super::files::HostFile;
+use super::hosts::hosts_file;
+use super::{LaunchContext, LaunchError, host_network, pod_directory};
+use crate::volumes::PodVolumes;
+use k8s_openapi::api::core::v1::{Container, Pod, VolumeMount};
+use pod_shim::protocol::Propagation;
+use runtime::service::Mount;
+use std::net::IpAddr;
+use std::path::{Component, Path, PathBuf};
+
+const HOSTS: &str = "/etc/hosts";
+/// Where a container leaves its last words unless told otherwise.
+const TERMINATION_PATH: &str = "/dev/termination-log";
+
+/// Mounts, and the files they need on the node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MountPlan {
+    /// In the order of the spec, ours last.
+    pub mounts: Vec<Mount>,
+    /// To be made before the container.
+    pub files: Vec<HostFile>,
+}
+
+/// The termination message's path in the container.
+pub fn termination_path(container: &Container) -> &str {
+    match container.termination_message_path.as_deref() {
+        Some(path) if !path.is_empty() => path,
+        _ => TERMINATION_PATH,
+    }
+}
+
+/// The termination message's file on the node.
+pub fn termination_file(
+    pod: &Pod,
+    container: &Container,
+    context: &LaunchContext,
+    attempt: u32,
+) -> PathBuf {
+    let dir = pod_directory(pod, context).join("containers");
+    dir.join(&container.name).join(format!("{attempt}.message"))
+}
+
+/// Plans the mounts of one container instance.
+///
+/// # Errors
+/// A volume that is not there, a subPath that leads out of it, an unknown propagation.
+pub fn plan(
+    pod: &Pod,
+    container: &Container,
+    context: &LaunchContext,
+    volumes: &PodVolumes,
+    env: &[(String, String)],
+    pod_ips: &[IpAddr],
+    attempt: u32,
+) -> Result<MountPlan, LaunchError> {
+    let mut plan = MountPlan::default();
+    let mut hosts = host_network(pod) || !pod_ips.is_empty();
+    for mount in container.volume_mounts.iter().flatten() {
+        hosts &= mount.mount_path != HOSTS;
+        volume_mount(&mut plan, container, mount, volumes, env)?;
+    }
+    if hosts {
+        let path = pod_directory(pod, context).join("etc-hosts");
+        plan.files.push(HostFile::Text {
+            path: path.clone(),
+            mode: 0o644,
+            content: hosts_file(pod, context, pod_ips)?,
+        });
+        plan.mounts.push(bind(HOSTS.to_owned(), path));
+    }
+    let path = termination_file(pod, container, context, attempt);
+    plan.files.push(HostFile::Empty {
+        path: path.clone(),
+        mode: 0o666,
+    });
+    plan.mounts
+        .push(bind(absolute(termination_path(container)), path));
+    Ok(plan)
+}
+
+fn bind(container_path: String, host_path: PathBuf) -> Mount {
+    Mount {
+        container_path,
+        host_path,
+        sub_path: None,
+        readonly: false,
+        recursive_readonly: false,
+        propagation: Propagation::Private,
+        image: None,
+    }
+}
+
+fn absolute(path: &str) -> String {
+    if path.starts_with('/') {
+        path.to_owned()
+    } else {
+        format!("/{path}")
+    }
+}
+
+fn volume_mount(
+    plan: &mut MountPlan,
+    container: &Container,
+    mount: &VolumeMount,
+    volumes: &PodVolumes,
+    env: &[(String, String)],
+) -> Result<(), LaunchError> {
+    let volume = volumes.by_name.get(&mount.name).ok_or_else(|| {
+        LaunchError::Config(format!(
+            "cannot find volume {:?} to mount into container {:?}",
+            mount.name, container.name
+        ))
+    })?;
+    let sub_path = sub_path(mount, env)?;
+    if let Some(sub_path) = &sub_path {
+        if !volume.readonly {
+            plan.files.push(HostFile::SubPath {
+                volume: volume.path.clone(),
+                sub_path: sub_path.clone(),
+            });
+        }
+    }
+    plan.mounts.push(Mount {
+        container_path: absolute(&mount.mount_path),
+        host_path: volume.path.clone(),
+        sub_path,
+        readonly: mount.read_only == Some(true) || volume.readonly,
+        recursive_readonly: recursive_read_only(mount)?,
+        propagation: propagation(mount)?,
+        image: None,
+    });
+    Ok(())
+}
+
+fn sub_path(mount: &VolumeMount, env: &[(String, String)]) -> Result<Option<String>, LaunchError> {
+    let given = |text: Option<&String>| text.cloned().filter(|t| !t.is_empty());
+    let path = match given(mount.sub_path_expr.as_ref()) {
+        Some(expression) => expand_sub_path(&expression, env).map_err(LaunchError::Config)?,
+        None => given(mount.sub_path.as_ref()).unwrap_or_default(),
+    };
+    if path.starts_with('/') {
+        return Err(LaunchError::Config(format!(
+            "error SubPath `{path}` must not be an absolute path"
+        )));
+    }
+    if Path::new(&path).components().any(|c| c == Component::ParentDir) {
+        return Err(LaunchError::Config(format!(
+            "unable to provision SubPath `{path}`: must not contain '..'"
+        )));
+    }
+    Ok((!path.is_empty()).then_some(path))
+}
+
+fn propagation(mount: &VolumeMount) -> Result<Propagation, LaunchError> {
+    match mount.mount_propagation.as_deref() {
+        None | Some("None" | "") => Ok(Propagation::Private),
+        Some("HostToContainer") => Ok(Propagation::HostToContainer),
+        Some("Bidirectional") => Ok(Propagation::Bidirectional),
+        Some(other) => Err(LaunchError::Config(format!(
+            "invalid MountPropagation mode: {other:?}"
+        ))),
+    }
+}
+
+/// Our runtime always can mount recursively read-only, so IfPossible is Enabled.
+fn recursive_read_only(mount: &VolumeMount) -> Result<bool, LaunchError> {
+    let refuse = |why: String| {
+        Err(LaunchError::Config(format!(
+            "failed to resolve recursive read-only mode: {why}"
+        )))
+    };
+    let name = &mount.name;
+    match mount.recursive_read_only.as_deref() {
+        None | Some("Disabled") => Ok(false),
+        Some("IfPossible" | "Enabled") if mount.read_only != Some(true) => refuse(format!(
+            "volume {name:?} requested recursive read-only mode, but it is not read-only"
+        )),
+        Some("IfPossible" | "Enabled") => match mount.mount_propagation.as_deref() {
+            None | Some("None") => Ok(true),
+            Some(mode) => refuse(format!(
+                "volume {name:?} requested recursive read-only mode, but it is not compatible with propagation {mode:?}"
+            )),
+        },
+        Some(other) => refuse(format!("unknown recursive read-only mode {other:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::pod_of;
+    use super::*;
+    use crate::volumes::HostVolume;
+    use serde_json::{Value, json};
+
+    fn of(mounts: Value) -> Result<MountPlan, LaunchError> {
+        let pod = pod_of(json!({"name": "c", "volumeMounts": mounts}));
+        let mut volumes = PodVolumes::default();
+        for (name, readonly) in [("data", false), ("cfg", true)] {
+            let path = PathBuf::from(format!("/v/{name}"));
+            volumes.by_name.insert(name.into(), HostVolume { path, readonly });
+        }
+        let env = [("NAME".to_owned(), "x".to_owned())];
+        let container = &pod.spec.as_ref().unwrap().containers[0];
+        let ips = ["10.0.0.2".parse().unwrap()];
+        plan(&pod, container, &LaunchContext::default(), &volumes, &env, &ips, 3)
+    }
+
+    #[test]
+    fn volumes_hosts_and_termination_file_are_mounted() {
+        let plan = of(json!([
+            {"name": "data", "mountPath": "/d", "subPathExpr": "a/$(NAME)", "mountPropagation": "HostToContainer"},
+            {"name": "cfg", "mountPath": "cfg", "subPath": "key"},
+        ]))
+        .unwrap();
+        let paths: Vec<_> = plan.mounts.iter().map(|m| m.container_path.as_str()).collect();
+        assert_eq!(paths, ["/d", "/cfg", "/etc/hosts", "/dev/termination-log"]);
+        assert_eq!(plan.mounts[0].sub_path.as_deref(), Some("a/x"));
+        assert!(!plan.mounts[0].readonly && plan.mounts[1].readonly);
+        assert_eq!(plan.mounts[0].propagation, Propagation::HostToContainer);
+        assert_eq!(plan.mounts[2].host_path, Path::new("/var/lib/kubelet/pods/u1/etc-hosts"));
+        // A missing subPath is made in a writable volume only.
+        let made = plan.files.iter().filter(|f| matches!(f, HostFile::SubPath { .. })).count();
+        assert_eq!(made, 1);
+    }
+
+    #[test]
+    fn an_own_hosts_file_is_left_alone() {
+        let plan = of(json!([{"name": "data", "mountPath": "/etc/hosts", "subPath": "hosts"}])).unwrap();
+        let hosts = plan.mounts.iter().filter(|m| m.container_path == HOSTS).count();
+        assert_eq!(hosts, 1);
+    }
+
+    #[test]
+    fn impossible_mounts_are_refused_by_name() {
+        for (mount, want) in [
+            (json!({"name": "none", "mountPath": "/x"}), "cannot find volume \"none\" to mount into container \"c\""),
+            (json!({"name": "data", "mountPath": "/x", "subPath": "/a"}), "error SubPath `/a` must not be an absolute path"),
+            (json!({"name": "data", "mountPath": "/x", "subPath": "a/../b"}), "unable to provision SubPath `a/../b`: must not contain '..'"),
+            (json!({"name": "data", "mountPath": "/x", "subPathExpr": "$(NO)"}), "missing value for NO"),
+            (json!({"name": "data", "mountPath": "/x", "recursiveReadOnly": "Enabled"}), "failed to resolve recursive read-only mode: volume \"data\" requested recursive read-only mode, but it is not read-only"),
+        ] {
+            assert_eq!(of(json!([mount])).unwrap_err().to_string(), want);
+        }
+    }
+}
