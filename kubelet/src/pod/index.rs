@@ -123,7 +123,7 @@ mod tests {
                     name: Some(name.to_owned()),
                     namespace: Some("ns".to_owned()),
                     uid: Some(uid.to_owned()),
-                    deletion_timestamp: deleting.then(|| Time(jiff::Timestamp::UNIX_EPOCH)),
+                    deletion_timestamp: deleting.then_some(Time(jiff::Timestamp::UNIX_EPOCH)),
                     ..ObjectMeta::default()
                 },
                 ..Pod::default()

@@ -44,13 +44,10 @@ pub(crate) fn read(spec: &Container, instance: &ContainerStatus) -> String {
 /// and without waiting, and must be a regular file.
 fn read_file(path: &Path) -> String {
     let mut bytes = Vec::new();
-    if let Some(mut file) = open(path) {
-        if let Err(error) = Read::by_ref(&mut file)
-            .take(FILE_MAX)
-            .read_to_end(&mut bytes)
-        {
-            debug!(path = %path.display(), %error, "Termination message not read");
-        }
+    if let Some(file) = open(path)
+        && let Err(error) = file.take(FILE_MAX).read_to_end(&mut bytes)
+    {
+        debug!(path = %path.display(), %error, "Termination message not read");
     }
     String::from_utf8_lossy(&bytes).into_owned()
 }

@@ -10,9 +10,7 @@ use super::execute::{self, Ended, Outcome};
 use super::index::{ContainerRefs, PodEntry, PodIndex};
 use super::plan::{self, Action, KillReason, PlanInput, PodPlan, Waiting};
 use super::spec::{self, ContainerKind};
-use super::state::{
-    Cause, CrashBackoff, Health, Kill, Lifecycle, Steps, Terminating, UnhealthyKind,
-};
+use super::state::{Cause, CrashBackoff, Health, Lifecycle, Steps, Terminating, UnhealthyKind};
 use super::termination;
 use crate::events::{EventSink, EventType, container_path, init_container_path};
 use crate::observe::{self, PodObservation};
@@ -537,11 +535,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             reason,
         } = &action
         {
-            let kill = self
-                .steps
-                .kills
-                .entry(id.clone())
-                .or_insert_with(Kill::default);
+            let kill = self.steps.kills.entry(id.clone()).or_default();
             let again = kill.step.is_running();
             kill.grace_s = *grace_s;
             kill.step.begin();

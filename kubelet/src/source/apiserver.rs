@@ -241,7 +241,7 @@ mod tests {
             refused_streaming: false,
         };
         let stream = futures::stream::iter([Err(down()), Err(down()), Ok(Event::Apply(pod("a")))]);
-        follow(stream, &mut shown, &tx).await;
+        Box::pin(follow(stream, &mut shown, &tx)).await;
         assert_eq!(words(&[rx.recv().await.unwrap()]), ["set a"]);
     }
 }

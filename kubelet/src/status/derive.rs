@@ -201,7 +201,7 @@ fn phase(spec: &PodSpec, status: &PodStatus, ended: bool) -> Phase {
                 Some(_) | None => pending_init |= !main_ran,
             },
             ContainerKind::Sidecar => {
-                pending_init |= !main_ran && !own.is_some_and(|s| s.started == Some(true));
+                pending_init |= !main_ran && own.is_none_or(|s| s.started != Some(true));
             }
             ContainerKind::Main => {}
         }

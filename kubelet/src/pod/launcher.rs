@@ -1,0 +1,297 @@
+//! The node around pods: joins volumes, images, the objects of the API and the pure functions of
+//! [`crate::launch`] into what a worker asks for. No task, no queue of its own.
+
+use super::admission::{self, AdmissionContext};
+use super::environment::{PodEnvironment, Rejection, StartContext, StepError};
+use super::spec;
+use crate::events::{EventSink, EventType};
+use crate::images::{ImagePuller, PullRequest};
+use crate::launch::{self, EnvObjects, LaunchContext, LaunchError, qos};
+use crate::objects::{Objects, Services};
+use crate::volumes::{PodVolumes, Volumes};
+use arc_swap::ArcSwap;
+use k8s_openapi::api::core::v1::{Container, Pod, Secret};
+use k8s_openapi::api::node::v1::RuntimeClass;
+use kube::Api;
+use runtime::service::{ContainerConfig, ImageService, ImageStatus, RuntimeService, SandboxConfig};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tracing::debug;
+
+/// The node as pods need it.
+#[derive(Debug)]
+pub struct NodeEnvironment<R> {
+    /// The engine.
+    pub runtime: Arc<R>,
+    /// The node in launch's words; replaced when the node changes.
+    pub context: Arc<ArcSwap<LaunchContext>>,
+    /// Unsafe sysctls pods may set.
+    pub allowed_unsafe_sysctls: Vec<String>,
+    /// ConfigMaps and Secrets.
+    pub objects: Arc<Objects>,
+    /// Services, for environments.
+    pub services: Services,
+    /// Volumes.
+    pub volumes: Arc<Volumes>,
+    /// Images.
+    pub images: Arc<ImagePuller<R>>,
+    /// Events for users.
+    pub events: EventSink,
+    /// For RuntimeClasses.
+    pub client: NodeClient,
+}
+
+/// A client that can be shown in debug output.
+#[derive(Clone)]
+pub struct NodeClient(pub kube::Client);
+
+impl std::fmt::Debug for NodeClient {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("NodeClient")
+    }
+}
+
+impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
+    type Volumes = PodVolumes;
+    type Image = ImageStatus;
+
+    fn admit(&self, pod: &Pod, others: &[Arc<Pod>]) -> Result<(), Rejection> {
+        let context = AdmissionContext {
+            allocatable: self.context.load().allocatable.clone(),
+            allowed_unsafe_sysctls: self.allowed_unsafe_sysctls.clone(),
+        };
+        admission::admit(pod, others, &context)
+    }
+
+    fn host_ips(&self) -> Vec<String> {
+        self.context
+            .load()
+            .host_ips
+            .iter()
+            .map(ToString::to_string)
+            .collect()
+    }
+
+    async fn prepare_volumes(&self, pod: &Arc<Pod>) -> Result<PodVolumes, StepError> {
+        let prepared = self.volumes.prepare(pod).await;
+        prepared.map_err(|e| StepError::new("FailedMount", e.to_string()))
+    }
+
+    async fn update_volumes(&self, pod: &Arc<Pod>) {
+        self.volumes.update(pod).await;
+    }
+
+    async fn prepare_sandbox(
+        &self,
+        pod: &Arc<Pod>,
+        attempt: u32,
+    ) -> Result<SandboxConfig, StepError> {
+        const REASON: &str = "FailedCreatePodSandBox";
+        let context = self.context.load_full();
+        let refused =
+            |e: LaunchError| StepError::new(REASON, format!("Failed to create pod sandbox: {e}"));
+        let mut config = launch::sandbox::config(pod, &context, attempt).map_err(refused)?;
+        config.runtime_handler = self.runtime_handler(pod).await?;
+        let resources = qos::pod_resources(pod, &context).map_err(refused)?;
+        let made = self
+            .runtime
+            .ensure_cgroup(&config.cgroup_parent, &resources);
+        made.map_err(|e| StepError::new("FailedCreatePodContainer", e.message))?;
+        Ok(config)
+    }
+
+    async fn ensure_image(
+        &self,
+        pod: &Arc<Pod>,
+        container: &Container,
+    ) -> Result<ImageStatus, StepError> {
+        let secrets = self.pull_secrets(pod).await;
+        let request = PullRequest {
+            pod,
+            container,
+            secrets: &secrets,
+        };
+        self.images.ensure(request).await.map_err(|e| StepError {
+            reason: e.reason().to_owned(),
+            message: e.to_string(),
+            retry_after: e.retry_after(),
+        })
+    }
+
+    async fn container_config(
+        &self,
+        pod: &Arc<Pod>,
+        container: &Container,
+        start: StartContext<PodVolumes, ImageStatus>,
+    ) -> Result<ContainerConfig, StepError> {
+        let objects = self.env_objects(pod, container).await?;
+        let context = self.context.load_full();
+        let launch = launch::container::config(&launch::container::Inputs {
+            pod,
+            container,
+            context: &context,
+            volumes: &start.volumes,
+            image: &start.image,
+            pod_ips: &start.pod_ips,
+            attempt: start.attempt,
+            objects: &objects,
+        })
+        .map_err(|e| StepError::new(e.reason(), e.to_string()))?;
+        // A handful of small files: cheaper than a thread's hand-over.
+        launch::files::write(&launch.files)
+            .map_err(|e| StepError::new("CreateContainerError", e.to_string()))?;
+        Ok(launch.config)
+    }
+
+    async fn teardown(&self, pod: &Arc<Pod>) -> Result<(), StepError> {
+        let uid = spec::uid(pod);
+        let torn = self.volumes.teardown(uid).await;
+        torn.map_err(|e| StepError::new("FailedUnMount", e.to_string()))?;
+        self.objects.release_pod(uid);
+        for cgroup in self.pod_cgroups(pod) {
+            let removed = self.runtime.remove_cgroup(&cgroup).await;
+            removed.map_err(|e| StepError::new("FailedKillPod", e.message))?;
+        }
+        Ok(())
+    }
+
+    async fn purge(&self, pod: &Arc<Pod>) -> Result<(), StepError> {
+        let context = self.context.load_full();
+        let mut doomed = log_directories(&context.pod_logs_dir, spec::uid(pod));
+        doomed.push(launch::pod_directory(pod, &context));
+        let removed = tokio::task::spawn_blocking(move || {
+            doomed
+                .iter()
+                .try_for_each(|path| linux::fs::remove_tree(path))
+        });
+        match removed.await {
+            Ok(done) => done.map_err(|e| StepError::new("FailedKillPod", e.to_string())),
+            Err(error) => Err(StepError::new("FailedKillPod", error.to_string())),
+        }
+    }
+
+    fn leftovers(&self) -> Vec<String> {
+        let context = self.context.load();
+        let mut uids: BTreeSet<String> = self.volumes.list_on_disk().into_iter().collect();
+        let pods = linux::fs::list_dir(&context.root_dir.join("pods")).unwrap_or_default();
+        uids.extend(pods.into_iter().filter_map(|name| name.into_string().ok()));
+        for parent in qos_parents(&context.kubepods) {
+            let names = self.runtime.list_cgroups(&parent);
+            uids.extend(
+                names
+                    .iter()
+                    .filter_map(|n| n.strip_prefix("pod"))
+                    .map(str::to_owned),
+            );
+        }
+        uids.into_iter().collect()
+    }
+}
+
+/// The cgroups that hold pods, by class.
+fn qos_parents(kubepods: &str) -> [String; 3] {
+    [
+        qos::QosClass::Guaranteed,
+        qos::QosClass::Burstable,
+        qos::QosClass::BestEffort,
+    ]
+    .map(|class| class.cgroup(kubepods))
+}
+
+/// Log directories of a pod, found by its UID: an orphan's names may be unknown.
+fn log_directories(root: &Path, uid: &str) -> Vec<PathBuf> {
+    if uid.is_empty() {
+        return Vec::new();
+    }
+    let names = linux::fs::list_dir(root).unwrap_or_default();
+    let own = names.into_iter().filter(|n| {
+        n.to_str()
+            .and_then(|n| n.rsplit_once('_'))
+            .is_some_and(|(_, last)| last == uid)
+    });
+    own.map(|name| root.join(name)).collect()
+}
+
+impl<R: RuntimeService + ImageService> NodeEnvironment<R> {
+    /// Where the cgroup of a pod is, or can be when its spec is not known any more.
+    fn pod_cgroups(&self, pod: &Pod) -> Vec<String> {
+        let context = self.context.load();
+        if pod.spec.is_some() {
+            return vec![qos::pod_cgroup(pod, &context)];
+        }
+        let uid = spec::uid(pod);
+        qos_parents(&context.kubepods)
+            .iter()
+            .map(|parent| format!("{parent}/pod{uid}"))
+            .collect()
+    }
+
+    /// The handler the pod's RuntimeClass names; empty without one.
+    async fn runtime_handler(&self, pod: &Pod) -> Result<String, StepError> {
+        let Some(class) = pod
+            .spec
+            .as_ref()
+            .and_then(|s| s.runtime_class_name.as_ref())
+        else {
+            return Ok(String::new());
+        };
+        let api: Api<RuntimeClass> = Api::all(self.client.0.clone());
+        let found = api.get_opt(class).await;
+        let message = match found {
+            Ok(Some(class)) => return Ok(class.handler),
+            Ok(None) => format!("RuntimeClass {class:?} not found"),
+            Err(error) => format!("failed to get RuntimeClass {class:?}: {error}"),
+        };
+        let message = format!("Failed to create pod sandbox: {message}");
+        Err(StepError::new("FailedCreatePodSandBox", message))
+    }
+
+    /// The pod's pull secrets that exist; the others are told about, as the pull may well work
+    /// without.
+    async fn pull_secrets(&self, pod: &Pod) -> Vec<Arc<Secret>> {
+        let mut secrets = Vec::new();
+        let names = pod
+            .spec
+            .iter()
+            .flat_map(|s| s.image_pull_secrets.iter().flatten());
+        for name in names.map(|r| &r.name) {
+            match self.objects.secret(spec::namespace(pod), name).await {
+                Ok(Some(secret)) => secrets.push(secret),
+                Ok(None) | Err(_) => {
+                    let text = format!(
+                        "Unable to retrieve some image pull secrets ({name}); attempting to pull \
+                         the image may not succeed."
+                    );
+                    let reason = "FailedToRetrieveImagePullSecret";
+                    self.events
+                        .pod_event(pod, None, EventType::Warning, reason, text);
+                }
+            }
+        }
+        secrets
+    }
+
+    /// The objects a container's environment speaks of.
+    async fn env_objects(&self, pod: &Pod, container: &Container) -> Result<EnvObjects, StepError> {
+        const REASON: &str = "CreateContainerConfigError";
+        let namespace = spec::namespace(pod);
+        let needs = launch::env::needs(container);
+        let mut objects = EnvObjects {
+            services: self.services.list(),
+            ..EnvObjects::default()
+        };
+        for name in needs.config_maps {
+            let found = self.objects.config_map(namespace, &name).await;
+            let found = found.map_err(|e| StepError::new(REASON, e.to_string()))?;
+            objects.config_maps.insert(name, found);
+        }
+        for name in needs.secrets {
+            let found = self.objects.secret(namespace, &name).await;
+            let found = found.map_err(|e| StepError::new(REASON, e.to_string()))?;
+            objects.secrets.insert(name, found);
+        }
+        debug!(container = container.name, "Environment objects are there");
+        Ok(objects)
+    }
+}
