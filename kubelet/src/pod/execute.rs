@@ -7,6 +7,8 @@ use super::spec;
 use super::state::{CrashBackoff, Failure, Step, retry_delay_ns};
 use super::worker::{Worker, WorkerDeps, field_path, nanoseconds};
 use crate::events::EventType;
+use crate::launch::ANNOTATION_HASH;
+use crate::launch::hash::container_hash;
 use crate::observe::PodObservation;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
@@ -341,7 +343,7 @@ async fn start_container<R: RuntimeService, E: PodEnvironment>(
     config.attempt = attempt;
     config
         .annotations
-        .insert(spec::HASH_ANNOTATION.to_owned(), spec::spec_hash(spec.spec));
+        .insert(ANNOTATION_HASH.to_owned(), container_hash(spec.spec));
     let id = match deps.runtime.create_container(&start.sandbox, config).await {
         Ok(id) => id,
         Err(error) => return Err(failed("CreateContainerError", error.message)),

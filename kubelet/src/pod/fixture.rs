@@ -1,7 +1,8 @@
 //! Values for tests.
 
+use crate::launch::ANNOTATION_HASH;
+use crate::launch::hash::container_hash;
 use crate::observe::PodObservation;
-use crate::pod::spec;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use runtime::service::{
     ContainerConfig, ContainerId, ContainerState, ContainerStatus, ImageId, Resources,
@@ -58,7 +59,7 @@ pub(crate) fn container(
         image: Some(format!("{name}:1")),
         ..Container::default()
     };
-    let hash = spec::spec_hash(&spec);
+    let hash = container_hash(&spec);
     ContainerStatus {
         id: ContainerId(format!("{name}-{attempt}")),
         sandbox_id: SandboxId(format!("s{sandbox}")),
@@ -66,7 +67,7 @@ pub(crate) fn container(
             name: name.to_owned(),
             attempt,
             user_image: format!("{name}:1"),
-            annotations: [(spec::HASH_ANNOTATION.to_owned(), hash)].into(),
+            annotations: [(ANNOTATION_HASH.to_owned(), hash)].into(),
             ..ContainerConfig::default()
         },
         state,

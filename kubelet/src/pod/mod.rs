@@ -3,6 +3,7 @@
 //! Reading order: [`state`] (the values), [`plan`] (the decisions, pure), [`worker`] (the loop),
 //! [`execute`] (the actions), [`manager`] (who has a worker).
 
+pub mod admission;
 pub mod environment;
 mod execute;
 #[cfg(test)]

@@ -1,8 +1,6 @@
 //! Readings of a Pod object that several modules need. Pure.
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
-use sha2::{Digest, Sha256};
-use std::fmt::Write as _;
 
 /// What kind of container it is: decides order, restart and what it counts for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -48,9 +46,6 @@ impl RestartPolicy {
 
 /// Seconds of grace when the pod says nothing (the apiserver fills it in; this is for orphans).
 pub const DEFAULT_GRACE_S: u64 = 30;
-
-/// The annotation that keeps [`spec_hash`] on an instance.
-pub const HASH_ANNOTATION: &str = "io.kubernetes.container.hash";
 
 /// The pod's UID.
 pub fn uid(pod: &Pod) -> &str {
@@ -127,24 +122,6 @@ pub fn should_restart(spec: &PodSpec, container: ContainerRef<'_>, exit_code: i3
         }
         (_, RestartPolicy::Never) => false,
     }
-}
-
-/// Names the version of a container's spec that asks for a restart when it changes: the image is
-/// the only mutable field that does. Stable over agent versions: it is kept as an annotation.
-pub fn spec_hash(container: &Container) -> String {
-    let mut hasher = Sha256::new();
-    hasher.update(container.name.as_bytes());
-    hasher.update([0]);
-    hasher.update(container.image.as_deref().unwrap_or_default().as_bytes());
-    hasher
-        .finalize()
-        .iter()
-        .take(8)
-        .fold(String::new(), |mut hex, byte| {
-            // Writing to a String cannot fail.
-            let _ = write!(hex, "{byte:02x}");
-            hex
-        })
 }
 
 /// Grace in seconds when the pod ends for a reason of its own or of the node's.
@@ -227,25 +204,5 @@ mod tests {
         };
         assert!(should_restart(&spec, c, 42));
         assert!(!should_restart(&spec, c, 1));
-    }
-
-    #[test]
-    fn the_hash_changes_with_the_image_only() {
-        let a = Container {
-            name: "a".to_owned(),
-            image: Some("x:1".to_owned()),
-            ..Container::default()
-        };
-        let tty = Container {
-            tty: Some(true),
-            ..a.clone()
-        };
-        let newer = Container {
-            image: Some("x:2".to_owned()),
-            ..a.clone()
-        };
-        assert_eq!(spec_hash(&a), spec_hash(&tty));
-        assert_ne!(spec_hash(&a), spec_hash(&newer));
-        assert_eq!(spec_hash(&a).len(), 16);
     }
 }

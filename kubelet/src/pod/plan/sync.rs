@@ -1,6 +1,8 @@
 //! A pod that shall run: which containers start, wait, or are replaced.
 
 use super::{Action, KillReason, PlanInput, PodPlan, Waiting};
+use crate::launch::ANNOTATION_HASH;
+use crate::launch::hash::container_hash;
 use crate::observe;
 use crate::pod::spec::{self, ContainerKind, ContainerRef};
 use crate::pod::state::{Cause, CrashBackoff, Lifecycle, Step, UnhealthyKind};
@@ -143,9 +145,9 @@ fn replace_unfit(input: &PlanInput<'_>, spec: &PodSpec, plan: &mut PodPlan) {
 /// Whether an instance was made from another image than the spec asks for now. Finished init
 /// containers do not matter.
 fn is_outdated(container: ContainerRef<'_>, instance: &ContainerStatus) -> bool {
-    let recorded = instance.config.annotations.get(spec::HASH_ANNOTATION);
+    let recorded = instance.config.annotations.get(ANNOTATION_HASH);
     container.kind != ContainerKind::Init
-        && recorded.is_some_and(|hash| *hash != spec::spec_hash(container.spec))
+        && recorded.is_some_and(|hash| *hash != container_hash(container.spec))
 }
 
 /// Containers that shall get an instance now, in order. Says why the others wait.
