@@ -28,7 +28,7 @@ spec:
   containers:
   - name: main
     image: {BUSYBOX}
-    command: [sh, -c, 'echo $A $B $C $D $E $KEY $PRE_S $HOSTNAME \"$(ARG)\" \"$$(ARG)\"']
+    command: [sh, -c, 'echo $A $B $C $D $E $KEY $PRE_S $HOSTNAME \"$(ARG)\"']
     envFrom:
     - configMapRef: {{name: config}}
     - {{prefix: PRE_, secretRef: {{name: secret}}}}
@@ -83,7 +83,7 @@ fn a_pod_sees_its_own_namespaces_or_the_hosts() -> Result<()> {
     let never = "  restartPolicy: Never\n";
     scenario.apply(&script_pod(
         "own",
-        "hostname; echo $$; ls /sys/class/net",
+        "hostname; echo $$$$; ls /sys/class/net",
         never,
     ))?;
     scenario.finished("own")?;
@@ -92,7 +92,7 @@ fn a_pod_sees_its_own_namespaces_or_the_hosts() -> Result<()> {
     ensure!(lines[..2] == ["own", "1"], "{own}");
     ensure!(lines.contains(&"eth0") && lines.contains(&"lo"), "{own}");
     let host = "  restartPolicy: Never\n  hostNetwork: true\n  hostPID: true\n  nodeName: node-1\n";
-    scenario.apply(&script_pod("host", "hostname; echo $$", host))?;
+    scenario.apply(&script_pod("host", "hostname; echo $$$$", host))?;
     let pod = scenario.finished("host")?;
     let logs = scenario.kubectl(&["logs", "host"])?;
     let lines: Vec<&str> = logs.lines().collect();

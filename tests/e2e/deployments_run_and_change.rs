@@ -62,15 +62,19 @@ fn a_new_version_rolls_out_and_rolls_back() -> Result<()> {
     scenario.kubectl(&ROLLOUT)?;
     scenario.apply(&deployment("web", 2, "two"))?;
     scenario.kubectl(&ROLLOUT)?;
-    let logs = scenario.kubectl(&["logs", "deployment/web"])?;
-    ensure!(logs.trim() == "version two", "{logs}");
+    every_pod_logged(&scenario, "version two")?;
     scenario.kubectl(&["rollout", "undo", "deployment/web"])?;
     scenario.kubectl(&ROLLOUT)?;
+    every_pod_logged(&scenario, "version one")
+}
+
+/// Pods on their way out do not count: a rollout does not wait for them.
+fn every_pod_logged(scenario: &Scenario, wanted: &str) -> Result<()> {
     let pods = scenario.json(&["get", "pods", "-l", "app=web"])?;
-    let running = pods["items"].as_array().into_iter().flatten();
-    for pod in running.filter(|pod| pod.pointer("/metadata/deletionTimestamp").is_none()) {
+    let pods = pods["items"].as_array().into_iter().flatten();
+    for pod in pods.filter(|pod| pod.pointer("/metadata/deletionTimestamp").is_none()) {
         let logs = scenario.kubectl(&["logs", &text(pod, "/metadata/name")])?;
-        ensure!(logs.trim() == "version one", "{logs}");
+        ensure!(logs.trim() == wanted, "{logs} instead of {wanted}");
     }
     Ok(())
 }

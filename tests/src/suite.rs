@@ -128,7 +128,9 @@ fn stage(title: &str, args: &[&str], options: &TestOptions) -> Result<Tally> {
     command
         .args(args)
         .current_dir(paths::workspace())
-        .env("FERRULE_LAB", TEST_LAB);
+        .env("FERRULE_LAB", TEST_LAB)
+        // Failed scenarios say what they saw; where in the harness is noise.
+        .env("RUST_LIB_BACKTRACE", "0");
     command.arg("--");
     if let Some(filter) = &options.filter {
         command.arg(filter);
