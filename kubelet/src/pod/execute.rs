@@ -2,6 +2,7 @@
 //! notes in its [`Steps`]. Thin on purpose; decisions are in [`super::plan`].
 
 use super::environment::{PodEnvironment, StartContext, StepError};
+use super::hooks::{self, HookTarget};
 use super::plan::Action;
 use super::spec;
 use super::state::{CrashBackoff, Failure, Step, retry_delay_ns};
@@ -11,7 +12,7 @@ use crate::launch::ANNOTATION_HASH;
 use crate::launch::hash::container_hash;
 use crate::observe::PodObservation;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use k8s_openapi::api::core::v1::{Container, Pod, PodStatus};
 use runtime::service::{ContainerId, RuntimeError, RuntimeErrorKind, RuntimeService, SandboxId};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -163,15 +164,33 @@ pub(super) fn begin<R: RuntimeService, E: PodEnvironment>(
                 }
             })
         }
-        Action::KillContainer { id, grace_s, .. } => tasks.spawn(async move {
-            let grace = Duration::from_secs(grace_s).max(MINIMUM_GRACE);
-            let result = deps.runtime.stop_container(&id, grace).await;
-            let result = result.map_err(|e| engine_error("FailedKillPod", &e));
-            Outcome {
-                ended: Ended::Killed(id),
-                result,
-            }
-        }),
+        Action::KillContainer {
+            id,
+            container,
+            grace_s,
+            ..
+        } => {
+            let kill = steps.kills.entry(id.clone()).or_default();
+            // A kill with a shorter grace does not run the hook again, nor wait for it.
+            let hook = !std::mem::replace(&mut kill.hooked, true);
+            let instance = observed.container(&id);
+            let pod_ips = instance.map(|c| pod_ips(&deps, &pod, observed, &c.sandbox_id));
+            let pod_ip = pod_ips.and_then(|ips| ips.first().copied());
+            tasks.spawn(async move {
+                let mut grace = Duration::from_secs(grace_s);
+                if hook {
+                    let spent = pre_stop(&deps, &pod, &id, &container, pod_ip, grace).await;
+                    grace = grace.saturating_sub(spent);
+                }
+                let grace = grace.max(MINIMUM_GRACE);
+                let result = deps.runtime.stop_container(&id, grace).await;
+                let result = result.map_err(|e| engine_error("FailedKillPod", &e));
+                Outcome {
+                    ended: Ended::Killed(id),
+                    result,
+                }
+            })
+        }
         Action::RemoveContainer(id) => {
             steps
                 .container_removals
@@ -329,6 +348,7 @@ async fn start_container<R: RuntimeService, E: PodEnvironment>(
         removed.map_err(|e| failed("CreateContainerError", e.message))?;
     }
     let attempt = context.attempt;
+    let pod_ip = context.pod_ips.first().copied();
     let config = deps
         .environment
         .container_config(pod, spec.spec, context)
@@ -352,7 +372,7 @@ async fn start_container<R: RuntimeService, E: PodEnvironment>(
     match deps.runtime.start_container(&id).await {
         Ok(()) => {
             event(EventType::Normal, "Started", "Container started".to_owned());
-            Ok(())
+            post_start(deps, pod, spec.spec, &id, pod_ip).await
         }
         Err(error) => {
             let step = failed("RunContainerError", error.message);
@@ -368,6 +388,80 @@ async fn start_container<R: RuntimeService, E: PodEnvironment>(
             }
         }
     }
+}
+
+/// Runs the postStart hook. A container whose hook failed is killed; the restart policy decides.
+async fn post_start<R: RuntimeService, E: PodEnvironment>(
+    deps: &WorkerDeps<R, E>,
+    pod: &Arc<Pod>,
+    container: &Container,
+    id: &ContainerId,
+    pod_ip: Option<IpAddr>,
+) -> Result<(), StepError> {
+    let Some(hook) = hooks::post_start(container) else {
+        return Ok(());
+    };
+    let target = HookTarget {
+        id,
+        container,
+        pod_ip,
+    };
+    let Err(error) = hooks::run(&deps.runtime, hook, target, None).await else {
+        return Ok(());
+    };
+    let path = field_path(pod, &container.name);
+    let warning = EventType::Warning;
+    deps.events.pod_event(
+        pod,
+        Some(&path),
+        warning,
+        "FailedPostStartHook",
+        format!("PostStartHook failed: {error}"),
+    );
+    let grace = Duration::from_secs(spec::grace_seconds(pod)).max(MINIMUM_GRACE);
+    let stopped = deps.runtime.stop_container(id, grace).await;
+    stopped.map_err(|e| engine_error("PostStartHookError", &e))
+}
+
+/// Runs the preStop hook within the grace; how long it took.
+async fn pre_stop<R: RuntimeService, E: PodEnvironment>(
+    deps: &WorkerDeps<R, E>,
+    pod: &Arc<Pod>,
+    id: &ContainerId,
+    container: &str,
+    pod_ip: Option<IpAddr>,
+    grace: Duration,
+) -> Duration {
+    let Some((spec, hook)) = hooks::pre_stop(pod, container).filter(|_| !grace.is_zero()) else {
+        return Duration::ZERO;
+    };
+    let began = tokio::time::Instant::now();
+    let target = HookTarget {
+        id,
+        container: spec,
+        pod_ip,
+    };
+    let run = hooks::run(&deps.runtime, hook, target, Some(grace));
+    let error = match tokio::time::timeout(grace, run).await {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(error),
+        Err(_) => Some(format!(
+            "PreStop hook did not end within {} s",
+            grace.as_secs()
+        )),
+    };
+    if let Some(error) = error {
+        let path = field_path(pod, container);
+        let text = format!("PreStopHook failed: {error}");
+        deps.events.pod_event(
+            pod,
+            Some(&path),
+            EventType::Warning,
+            "FailedPreStopHook",
+            text,
+        );
+    }
+    began.elapsed()
 }
 
 impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {

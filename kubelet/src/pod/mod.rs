@@ -8,6 +8,7 @@ pub mod environment;
 mod execute;
 #[cfg(test)]
 pub(crate) mod fixture;
+mod hooks;
 pub mod index;
 pub mod manager;
 pub mod plan;

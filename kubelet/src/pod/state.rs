@@ -175,6 +175,8 @@ pub struct Kill {
     pub grace_s: u64,
     /// How it goes.
     pub step: Step,
+    /// Its preStop hook was begun: it runs once.
+    pub hooked: bool,
 }
 
 /// Results of probes, by container instance.

@@ -502,6 +502,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             observed,
             health: &self.health,
             waiting,
+            starts: &self.steps.starts,
             termination_messages: &self.messages,
             host_ips: &host_ips,
             start_time: self.start_time,

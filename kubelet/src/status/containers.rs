@@ -2,7 +2,7 @@
 
 use super::derive::{DeriveInput, time};
 use crate::pod::spec::{self, ContainerKind, ContainerRef};
-use crate::pod::state::Lifecycle;
+use crate::pod::state::{Lifecycle, Step};
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
     ContainerStateWaiting, ContainerStatus, ContainerUser, LinuxContainerUser, PodSpec,
@@ -145,6 +145,11 @@ fn states(
         );
     };
     match &instance.state {
+        rt::ContainerState::Running { .. }
+            if input.starts.get(name).is_some_and(Step::is_running) =>
+        {
+            (waiting(), last().or_else(kept_last))
+        }
         rt::ContainerState::Running { started_at_ns, .. } => {
             let running = ContainerState {
                 running: Some(ContainerStateRunning {

@@ -4,7 +4,7 @@ use super::{conditions, containers};
 use crate::observe::PodObservation;
 use crate::pod::plan::Waiting;
 use crate::pod::spec::{self, ContainerKind, RestartPolicy};
-use crate::pod::state::{Cause, Health, Lifecycle};
+use crate::pod::state::{Cause, Health, Lifecycle, Step};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStatus, HostIP, Pod, PodIP, PodSpec, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -26,6 +26,8 @@ pub struct DeriveInput<'a> {
     pub health: &'a Health,
     /// Why containers wait, by name.
     pub waiting: &'a BTreeMap<String, Waiting>,
+    /// Starts by container name: one in flight (its postStart hook may run) is not running yet.
+    pub starts: &'a BTreeMap<String, Step>,
     /// Last words of dead containers.
     pub termination_messages: &'a BTreeMap<ContainerId, String>,
     /// Addresses of the node, first is primary.

@@ -42,6 +42,7 @@ impl Case {
             observed: &self.observed,
             health: &self.health,
             waiting: &self.waiting,
+            starts: &BTreeMap::new(),
             termination_messages: &self.messages,
             host_ips: &["192.0.2.1".to_owned()],
             start_time: Timestamp::from_second(90).unwrap(),

@@ -184,6 +184,8 @@ fn wanted<'a>(
                 }
                 let started = current.is_some_and(|c| {
                     observe::is_running(c)
+                        // In flight until its postStart hook is through.
+                        && !input.steps.starts.get(name).is_some_and(Step::is_running)
                         && (container.spec.startup_probe.is_none()
                             || input.health.started.get(&c.id) == Some(&true))
                 });

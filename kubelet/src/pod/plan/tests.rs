@@ -285,6 +285,7 @@ fn a_new_image_or_a_failed_probe_kills_the_running_instance() {
         Kill {
             grace_s: 30,
             step: Step::Running { before: None },
+            hooked: true,
         },
     );
     case.expect(&[]);
@@ -356,6 +357,7 @@ fn deletion_kills_and_a_shorter_grace_kills_again_but_a_longer_one_never() {
     let kill = |grace_s| Kill {
         grace_s,
         step: Step::Running { before: None },
+        hooked: true,
     };
     case.steps.kills.insert(a.id.clone(), kill(30));
     case.expect(&[]);
