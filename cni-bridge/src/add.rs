@@ -250,14 +250,9 @@ fn settle_other_addresses(
             continue;
         }
         if !conf.force_address {
-            let undo = gateways.iter().map(|net| {
-                Change::RemoveAddress(AddressSpec {
-                    index: bridge.index,
-                    address: net.addr(),
-                    prefix_len: net.prefix_len(),
-                    detect_duplicates: false,
-                })
-            });
+            let undo = gateways
+                .iter()
+                .map(|net| Change::RemoveAddress(on_bridge(bridge, net)));
             let _ = rtnl.apply(&undo.collect::<Vec<_>>());
             let msg = format!(
                 "bridge {} has address {net} already; forceAddress would replace it",
@@ -267,7 +262,25 @@ fn settle_other_addresses(
         }
         remove.push(Change::RemoveAddress(other));
     }
+    if remove.is_empty() {
+        return Ok(());
+    }
+    // Addresses of one subnet hang together: with the first the kernel removes the later ones,
+    // ours among them.
+    let again = gateways
+        .iter()
+        .map(|net| Change::AddAddress(on_bridge(bridge, net)));
+    remove.extend(again);
     rtnl.apply(&remove).map(|_| ()).map_err(|e| kernel(&e))
+}
+
+fn on_bridge(bridge: &Link, net: &IpNet) -> AddressSpec {
+    AddressSpec {
+        index: bridge.index,
+        address: net.addr(),
+        prefix_len: net.prefix_len(),
+        detect_duplicates: false,
+    }
 }
 
 fn forward(gateways: &[IpNet]) -> Result<(), SysctlError> {

@@ -459,15 +459,6 @@ mod tests {
 
     use super::*;
 
-    fn new_netns() -> File {
-        std::thread::spawn(|| {
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("root is needed");
-            File::open("/proc/thread-self/ns/net").unwrap()
-        })
-        .join()
-        .unwrap()
-    }
-
     fn prefix(address: &str, len: u8) -> Prefix {
         Prefix {
             address: address.parse().unwrap(),
@@ -508,7 +499,7 @@ mod tests {
 
     #[test]
     fn the_kernel_takes_our_rules_and_nft_shows_them_as_meant() {
-        let netns = new_netns();
+        let netns = crate::netlink::new_netns().expect("root is needed");
         let mut nft = Nft::open_in(netns.as_fd()).unwrap();
         assert!(nft.ensure_chain(&chain()).unwrap());
         assert!(
@@ -530,7 +521,7 @@ mod tests {
 
     #[test]
     fn a_flushed_or_deleted_chain_comes_back_and_removal_is_idempotent() {
-        let netns = new_netns();
+        let netns = crate::netlink::new_netns().expect("root is needed");
         let mut nft = Nft::open_in(netns.as_fd()).unwrap();
         nft.ensure_chain(&chain()).unwrap();
         nft.transact(&[delete_rules("masq-test")]).unwrap();

@@ -13,6 +13,7 @@ mod route;
 pub(crate) mod socket;
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -94,6 +95,24 @@ pub fn in_netns<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send)
             })?;
         entered
             .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the namespace thread panicked")))
+    })
+}
+
+/// Makes an empty network namespace, which lives as long as the file is open or it is pinned
+/// elsewhere. The caller's threads stay where they are.
+///
+/// # Errors
+/// When the thread that makes it cannot be started or may not unshare.
+pub fn new_netns() -> io::Result<File> {
+    std::thread::scope(|scope| {
+        let made = std::thread::Builder::new()
+            .name("netns".into())
+            .spawn_scoped(scope, || {
+                nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
+                File::open("/proc/thread-self/ns/net")
+            })?;
+        made.join()
             .unwrap_or_else(|_| Err(io::Error::other("the namespace thread panicked")))
     })
 }

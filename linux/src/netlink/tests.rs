@@ -1,19 +1,8 @@
 //! Against the kernel, each test in network namespaces of its own. Needs root.
 
-use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 
 use super::*;
-
-/// A fresh network namespace; gone with its last file descriptor.
-fn new_netns() -> File {
-    std::thread::spawn(|| {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("root is needed");
-        File::open("/proc/thread-self/ns/net").unwrap()
-    })
-    .join()
-    .unwrap()
-}
 
 fn mac(last: u8) -> Mac {
     Mac([0x0a, 0x58, 10, 1, 0, last])
@@ -30,7 +19,10 @@ fn address(index: u32, text: &str, prefix_len: u8) -> AddressSpec {
 
 #[test]
 fn a_pair_is_born_in_the_bridge_and_in_the_namespace_by_one_request() {
-    let (node, pod) = (new_netns(), new_netns());
+    let (node, pod) = (
+        crate::netlink::new_netns().expect("root is needed"),
+        crate::netlink::new_netns().expect("root is needed"),
+    );
     let mut rtnl = Rtnl::open_in(node.as_fd()).unwrap();
     let bridge = BridgeSpec {
         name: "br0".into(),
@@ -104,7 +96,7 @@ fn a_pair_is_born_in_the_bridge_and_in_the_namespace_by_one_request() {
 
 #[test]
 fn addresses_and_routes_of_both_families_come_and_go_twice() {
-    let netns = new_netns();
+    let netns = crate::netlink::new_netns().expect("root is needed");
     let mut rtnl = Rtnl::open_in(netns.as_fd()).unwrap();
     let spec = BridgeSpec {
         name: "br0".into(),
@@ -151,7 +143,7 @@ fn addresses_and_routes_of_both_families_come_and_go_twice() {
 
 #[test]
 fn a_refusal_names_operation_object_and_reason() {
-    let netns = new_netns();
+    let netns = crate::netlink::new_netns().expect("root is needed");
     let mut rtnl = Rtnl::open_in(netns.as_fd()).unwrap();
     let error = rtnl
         .apply(&[Change::SetUp {
