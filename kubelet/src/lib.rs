@@ -17,6 +17,7 @@
 pub mod api;
 pub mod config;
 pub mod events;
+pub mod node;
 pub mod observe;
 pub mod pod;
 pub mod source;
@@ -26,3 +27,4 @@ pub mod quantity;
 pub mod server;
 pub mod launch;
 pub mod volumes;
+pub mod objects;

@@ -1,0 +1,1 @@
+//! Tests of the cache against a small apiserver in memory.
