@@ -17,6 +17,7 @@
 pub mod api;
 pub mod config;
 pub mod events;
+pub mod images;
 pub mod node;
 pub mod observe;
 pub mod pod;

@@ -1,0 +1,291 @@
+//! Has the images of containers there: pull policies, credentials, back-off, and the events and
+//! reasons users know from the stock kubelet.
+//!
+//! ```text
+//! ensure(pod, container) ─ policy ─ present? ── yes ─▶ ImageStatus
+//!                                      │ no
+//!                          back-off gate ─▶ slot (distinct images at once, pace) ─▶ runtime.pull
+//! ```
+//! No task of its own: the caller's future does the work, and may be dropped at any time.
+//! The runtime shares identical downloads; this layer must therefore never hold one pod's pull
+//! back behind another pod's pull of the same image.
+
+mod backoff;
+mod keyring;
+mod pace;
+
+pub use keyring::Keyring;
+
+use crate::config::ImageSettings;
+use crate::events::{EventSink, EventType, container_path, init_container_path};
+use backoff::BackOff;
+use k8s_openapi::api::core::v1::{Container, Pod, Secret};
+use pace::Pace;
+use runtime::image::reference;
+use runtime::service::{ImageService, ImageStatus};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// What is wanted.
+#[derive(Debug, Clone, Copy)]
+pub struct PullRequest<'a> {
+    /// For whom; back-off and events are per pod.
+    pub pod: &'a Arc<Pod>,
+    /// Container, init container or ephemeral container in the shape of a container.
+    pub container: &'a Container,
+    /// The pod's pull secrets that exist.
+    pub secrets: &'a [Arc<Secret>],
+}
+
+/// Why a container has no image. Displays as the waiting message.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct PullError {
+    kind: PullErrorKind,
+    message: String,
+    retry_after: Option<Duration>,
+}
+
+/// Kinds of [`PullError`], each a waiting reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PullErrorKind {
+    /// The name does not parse; only another name helps.
+    InvalidName,
+    /// Not there, and the policy forbids to pull.
+    NeverPull,
+    /// A pull was tried and failed.
+    Pull,
+    /// It failed before and it is too early to try again.
+    BackOff,
+}
+
+impl PullError {
+    /// The waiting reason users see.
+    pub fn reason(&self) -> &'static str {
+        match self.kind {
+            PullErrorKind::InvalidName => "InvalidImageName",
+            PullErrorKind::NeverPull => "ErrImageNeverPull",
+            PullErrorKind::Pull => "ErrImagePull",
+            PullErrorKind::BackOff => "ImagePullBackOff",
+        }
+    }
+
+    /// Its kind.
+    pub fn kind(&self) -> PullErrorKind {
+        self.kind
+    }
+
+    /// When to ask again; none leaves it to the caller.
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.retry_after
+    }
+}
+
+/// How long `ErrImagePull` is shown before `ImagePullBackOff` takes its place.
+const SHOW_ERROR: Duration = Duration::from_secs(2);
+/// An image that may not be pulled can only be loaded by hand; look again so often.
+const NEVER_PULL_RETRY: Duration = Duration::from_secs(10);
+
+/// When to pull (Kubernetes: images, "Image pull policy").
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Policy {
+    Always,
+    IfNotPresent,
+    Never,
+}
+
+/// The apiserver fills the policy in; static pods may come without.
+fn policy(container: &Container, tag: Option<&str>) -> Policy {
+    match container.image_pull_policy.as_deref() {
+        Some("Always") => Policy::Always,
+        Some("Never") => Policy::Never,
+        Some("IfNotPresent") => Policy::IfNotPresent,
+        Some(_) | None if tag == Some("latest") => Policy::Always,
+        Some(_) | None => Policy::IfNotPresent,
+    }
+}
+
+/// Pulls images for pods. One per agent.
+#[derive(Debug)]
+pub struct ImagePuller<R> {
+    runtime: Arc<R>,
+    events: EventSink,
+    backoff: BackOff,
+    pace: Pace,
+}
+
+impl<R: ImageService> ImagePuller<R> {
+    /// A puller for this runtime.
+    pub fn new(runtime: Arc<R>, events: EventSink, settings: &ImageSettings) -> Self {
+        Self {
+            runtime,
+            events,
+            backoff: BackOff::default(),
+            pace: Pace::new(settings),
+        }
+    }
+
+    /// Has the container's image there as its pull policy wants.
+    ///
+    /// # Errors
+    /// [`PullError`] with the stock kubelet's reason and message; events were emitted.
+    pub async fn ensure(&self, request: PullRequest<'_>) -> Result<ImageStatus, PullError> {
+        let result = self.ensure_quietly(&request).await;
+        if let Err(error) = &result {
+            let message = format!("Error: {}", error.reason());
+            self.tell(&request, EventType::Warning, "Failed", message);
+        }
+        result
+    }
+
+    async fn ensure_quietly(&self, request: &PullRequest<'_>) -> Result<ImageStatus, PullError> {
+        let image = request.container.image.as_deref().unwrap_or_default();
+        let name = reference::parse(image).map_err(|e| {
+            let message = format!("Failed to apply default image tag {image:?}: {e}");
+            self.tell(
+                request,
+                EventType::Warning,
+                "InspectFailed",
+                message.clone(),
+            );
+            PullError {
+                kind: PullErrorKind::InvalidName,
+                message,
+                retry_after: None,
+            }
+        })?;
+        let policy = policy(request.container, name.tag());
+        let present = match policy {
+            Policy::Always => None,
+            Policy::IfNotPresent | Policy::Never => self.runtime.status(image),
+        };
+        match (present, policy) {
+            (Some(status), _) => {
+                let message = format!(
+                    "Container image {image:?} already present on machine and can be accessed \
+                     by the pod"
+                );
+                self.tell(request, EventType::Normal, "Pulled", message);
+                Ok(status)
+            }
+            (None, Policy::Never) => {
+                let message =
+                    format!("Container image {image:?} is not present with pull policy of Never");
+                self.tell(
+                    request,
+                    EventType::Warning,
+                    "ErrImageNeverPull",
+                    message.clone(),
+                );
+                let retry_after = Some(NEVER_PULL_RETRY);
+                Err(PullError {
+                    kind: PullErrorKind::NeverPull,
+                    message,
+                    retry_after,
+                })
+            }
+            (None, Policy::Always | Policy::IfNotPresent) => {
+                self.pull(request, image, &reference::repository(&name))
+                    .await
+            }
+        }
+    }
+
+    async fn pull(
+        &self,
+        request: &PullRequest<'_>,
+        image: &str,
+        repository: &str,
+    ) -> Result<ImageStatus, PullError> {
+        let uid = request.pod.metadata.uid.as_deref().unwrap_or_default();
+        if let Some((left, previous)) = self.backoff.waiting(uid, image) {
+            let message = format!("Back-off pulling image {image:?}");
+            self.tell(request, EventType::Normal, "BackOff", message.clone());
+            return Err(PullError {
+                kind: PullErrorKind::BackOff,
+                message: format!("{message}: ErrImagePull: {previous}"),
+                retry_after: Some(left),
+            });
+        }
+        self.tell(
+            request,
+            EventType::Normal,
+            "Pulling",
+            format!("Pulling image {image:?}"),
+        );
+        let asked = Instant::now();
+        let keyring = Keyring::new(request.secrets.iter().map(AsRef::as_ref));
+        let _slot = self.pace.enter(image).await;
+        let started = Instant::now();
+        match self.runtime.pull(image, &keyring.lookup(repository)).await {
+            Ok(status) => {
+                self.backoff.forget(uid, image);
+                let (own, all) = (started.elapsed(), asked.elapsed());
+                let message = format!(
+                    "Successfully pulled image {image:?} in {} ({} including waiting). Image \
+                     size: {} bytes.",
+                    go_duration(own),
+                    go_duration(all),
+                    status.size_bytes
+                );
+                self.tell(request, EventType::Normal, "Pulled", message);
+                Ok(status)
+            }
+            Err(error) => {
+                let message = error.message;
+                let event = format!("Failed to pull image {image:?}: {message}");
+                self.tell(request, EventType::Warning, "Failed", event);
+                self.backoff.failed(uid, image, &message);
+                let retry_after = Some(SHOW_ERROR);
+                Err(PullError {
+                    kind: PullErrorKind::Pull,
+                    message,
+                    retry_after,
+                })
+            }
+        }
+    }
+
+    fn tell(
+        &self,
+        request: &PullRequest<'_>,
+        type_: EventType,
+        reason: &str,
+        message: impl Into<String>,
+    ) {
+        let name = &request.container.name;
+        let spec = request.pod.spec.as_ref();
+        let init = spec.and_then(|s| s.init_containers.as_ref());
+        let is_init = init.is_some_and(|all| all.iter().any(|c| c.name == *name));
+        let path = if is_init {
+            init_container_path(name)
+        } else {
+            container_path(name)
+        };
+        self.events
+            .pod_event(request.pod, Some(&path), type_, reason, message);
+    }
+}
+
+/// As Go prints a duration cut to milliseconds: `340ms`, `1.2s`, `1m3.007s`.
+fn go_duration(duration: Duration) -> String {
+    let ms = duration.as_millis();
+    if ms == 0 {
+        return "0s".to_owned();
+    }
+    if ms < 1000 {
+        return format!("{ms}ms");
+    }
+    let (minutes, ms) = (ms / 60_000, ms % 60_000);
+    let seconds = format!("{}.{:03}", ms / 1000, ms % 1000);
+    let seconds = seconds.trim_end_matches('0').trim_end_matches('.');
+    match (minutes / 60, minutes % 60) {
+        (0, 0) => format!("{seconds}s"),
+        (0, minutes) => format!("{minutes}m{seconds}s"),
+        (hours, minutes) => format!("{hours}h{minutes}m{seconds}s"),
+    }
+}
+
+#[cfg(test)]
+mod tests;
