@@ -458,4 +458,4 @@ pub(crate) fn lossy(path: &[u8]) -> String {
 
 #[cfg(test)]
 #[path = "unpack_tests.rs"]
-mod tests;
+pub(super) mod tests;
