@@ -214,3 +214,19 @@ pub fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
 pub fn write(fd: BorrowedFd<'_>, buffer: &[u8]) -> io::Result<usize> {
     Ok(rustix::io::retry_on_intr(|| rustix::io::write(fd, buffer))?)
 }
+
+/// Take over a socket that the parent left open under a number, as [`crate::process::spawn`]
+/// does with descriptor 3. None when there is nothing or no socket. Call once per number, before
+/// anything else is opened.
+pub fn inherited_socket(number: i32) -> Option<OwnedFd> {
+    // SAFETY: only asks for flags; any number may be asked.
+    if number < 3 || unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+        return None;
+    }
+    // SAFETY: the descriptor is open (checked above) and the doc obliges the caller to ask before
+    // anyone else could own it.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    rustix::net::sockopt::socket_type(&fd).ok()?;
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC).ok()?;
+    Some(fd)
+}

@@ -1,0 +1,149 @@
+//! Clients attached to a running container: its output copied to them, their input to it.
+
+use crate::child;
+use crate::output::{Attachment, READ_BYTES, Sink};
+use crate::server::{Shim, Source, not_found};
+use linux::event::{self, Interest, Ready};
+use pod_shim::protocol::{Reply, ShimError, ShimErrorKind, Stdio};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+impl Shim {
+    pub(crate) fn attach(
+        &mut self,
+        id: &str,
+        stdio: Stdio,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Reply, ShimError> {
+        let container = self
+            .containers
+            .get(id)
+            .filter(|c| c.is_running())
+            .ok_or_else(|| not_found("running container", id))?;
+        if stdio.stdin && container.stdin.is_none() {
+            return Err(ShimError {
+                kind: ShimErrorKind::BadRequest,
+                message: format!("container {id:?} has no stdin"),
+                errno: None,
+            });
+        }
+        for fd in &fds {
+            event::set_nonblocking(fd.as_fd())
+                .map_err(|e| child::system("prepare an attached stream", &e))?;
+        }
+        let mut fds = fds.into_iter();
+        let mut take = |connected: bool| if connected { fds.next() } else { None };
+        let (input, out, err) = (take(stdio.stdin), take(stdio.stdout), take(stdio.stderr));
+        let input = input.and_then(|fd| {
+            let source = Source::AttachInput(id.to_owned());
+            let token = self.watch(fd.as_fd(), source, Interest::READ)?;
+            Some((fd, token))
+        });
+        let mut sink = |fd: Option<OwnedFd>| {
+            fd.map(|fd| {
+                let source = Source::AttachOutput(id.to_owned());
+                let token = self.watch(fd.as_fd(), source, Interest::NONE).unwrap_or_default();
+                Sink::new(fd, token)
+            })
+        };
+        let outputs = [sink(out), sink(err)];
+        if let Some(container) = self.containers.get_mut(id) {
+            container.output.attachments.push(Attachment { input, outputs });
+        }
+        Ok(Reply::Done)
+    }
+
+    /// An attached client typed something, or closed its input.
+    pub(crate) fn read_attach_input(&mut self, id: &str, token: u64) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(slot) = container
+            .output
+            .attachments
+            .iter_mut()
+            .map(|a| &mut a.input)
+            .find(|input| input.as_ref().is_some_and(|(_, t)| *t == token))
+        else {
+            return;
+        };
+        let Some((fd, _)) = slot else { return };
+        let Some(stdin) = container.stdin.as_mut() else {
+            *slot = None;
+            return self.forget_token(token);
+        };
+        if !stdin.has_room() {
+            // Not read until the container has taken what is queued; `flush_stdin` resumes.
+            let _ = self.poller.modify(fd.as_fd(), token, Interest::NONE);
+            return;
+        }
+        self.scratch.resize(READ_BYTES, 0);
+        match event::read(fd.as_fd(), &mut self.scratch) {
+            Ok(count @ 1..) => {
+                stdin.queue.extend(&self.scratch[..count]);
+                self.flush_stdin(id);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Ok(_) | Err(_) => {
+                *slot = None;
+                self.forget_token(token);
+                self.end_stdin_if_once(id);
+            }
+        }
+    }
+
+    /// The first client's input ended: with `stdin_once` so does the container's, when all of it
+    /// has been taken. A terminal's input cannot end apart from its output.
+    fn end_stdin_if_once(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        if !container.stdin_once || container.tty {
+            return;
+        }
+        container.stdin_closing = true;
+        self.flush_stdin(id);
+    }
+
+    /// Give the container what is queued for it.
+    pub(crate) fn flush_stdin(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(stdin) = &mut container.stdin else { return };
+        match stdin.flush() {
+            Ok(false) => {
+                let _ = self.poller.modify(stdin.fd.as_fd(), stdin.token, Interest::WRITE);
+            }
+            Ok(true) if !container.stdin_closing => {
+                let _ = self.poller.modify(stdin.fd.as_fd(), stdin.token, Interest::NONE);
+                for (fd, token) in
+                    container.output.attachments.iter().filter_map(|a| a.input.as_ref())
+                {
+                    let _ = self.poller.modify(fd.as_fd(), *token, Interest::READ);
+                }
+            }
+            // All taken and no more to come, or nobody reads it any more.
+            Ok(true) | Err(_) => {
+                let token = stdin.token;
+                container.stdin = None;
+                self.forget_token(token);
+            }
+        }
+    }
+
+    /// An attached client can take more, or is gone.
+    pub(crate) fn flush_attached(&mut self, id: &str, ready: Ready) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        let mut gone = None;
+        for attachment in &mut container.output.attachments {
+            for slot in &mut attachment.outputs {
+                let Some(sink) = slot.as_mut().filter(|s| s.token == ready.token) else { continue };
+                if ready.hangup || sink.flush().is_err() {
+                    gone = slot.take();
+                } else if sink.queue.is_empty() {
+                    let _ = self.poller.modify(sink.fd.as_fd(), sink.token, Interest::NONE);
+                }
+            }
+        }
+        let attachments = &mut container.output.attachments;
+        attachments.retain(|a| a.input.is_some() || a.outputs.iter().any(Option::is_some));
+        if let Some(sink) = gone {
+            self.forget_token(sink.token);
+        }
+    }
+}

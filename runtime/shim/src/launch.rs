@@ -1,0 +1,528 @@
+//! Containers on the shim's side: launched, signalled, reaped, recorded.
+
+use crate::cgroup::{self, OomWatch};
+use crate::child::{self, ChildStdio};
+use crate::container::{Container, Phase, ReplyTo, Starting};
+use crate::logfile::LogFile;
+use crate::note::{self, Note, Received};
+use crate::output::{Output, Sink, StreamName, Turn};
+use crate::server::{Shim, Source, Timer, not_found};
+use linux::event::{self, Interest};
+use linux::process::clone::{self, CloneFlags, Cloned};
+use linux::process::namespace::{self, Namespaces};
+use linux::process::pidfd::{self, WaitOutcome};
+use linux::process::attrs;
+use pod_shim::protocol::{
+    Event, ExitRecord, LaunchSpec, PidNamespace, Reply, ShimError, ShimErrorKind,
+};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+/// How long output is waited for after the first process is gone, in case a process that
+/// outlived it keeps the pipe.
+const DRAIN_MS: u64 = 1000;
+/// When to look at the count of memory kills again after v1's early notice, in milliseconds.
+const OOM_AGAIN_MS: [u64; 4] = [20, 100, 500, 2000];
+
+/// Both ends of a container's streams.
+pub(crate) struct Pipes {
+    pub(crate) child: ChildStdio,
+    pub(crate) outputs: [Option<OwnedFd>; 2],
+    pub(crate) stdin: Option<OwnedFd>,
+}
+
+fn make_pipes(spec: &LaunchSpec) -> io::Result<Pipes> {
+    let null = child::dev_null;
+    if spec.tty {
+        let child = ChildStdio { streams: [null()?, null()?, null()?] };
+        return Ok(Pipes { child, outputs: [None, None], stdin: None });
+    }
+    let (in_read, in_write) = if spec.stdin {
+        let (read, write) = event::pipe()?;
+        event::set_nonblocking(write.as_fd())?;
+        (read, Some(write))
+    } else {
+        (null()?, None)
+    };
+    let (out_read, out_write) = event::pipe()?;
+    let (err_read, err_write) = event::pipe()?;
+    event::set_nonblocking(out_read.as_fd())?;
+    event::set_nonblocking(err_read.as_fd())?;
+    Ok(Pipes {
+        child: ChildStdio { streams: [in_read, out_write, err_write] },
+        outputs: [Some(out_read), Some(err_read)],
+        stdin: in_write,
+    })
+}
+
+/// What [`clone_child`] gives back to the shim.
+pub(crate) struct NewChild {
+    pub(crate) pid: i32,
+    pub(crate) pidfd: OwnedFd,
+    pub(crate) notes: OwnedFd,
+}
+
+/// Clone a child, in the PID namespace of `join` when there is one. The child runs `run`.
+pub(crate) fn clone_child(
+    flags: CloneFlags,
+    join: Option<BorrowedFd<'_>>,
+    run: impl FnOnce(OwnedFd) -> std::convert::Infallible,
+) -> Result<NewChild, ShimError> {
+    let (ours, theirs) =
+        linux::fdpass::message_pair().map_err(|e| child::system("make a socket pair", &e))?;
+    event::set_nonblocking(ours.as_fd()).map_err(|e| child::system("prepare a socket", &e))?;
+    let own = match join {
+        Some(target) => {
+            let own = namespace::own_pid_namespace()
+                .map_err(|e| child::system("open the shim's PID namespace", &e))?;
+            let which = Namespaces { pid: true, ..Namespaces::default() };
+            namespace::join(target, which)
+                .map_err(|e| child::system("join the PID namespace", &e))?;
+            Some(own)
+        }
+        None => None,
+    };
+    let cloned = clone::clone3(flags);
+    if let Ok(Cloned::Child) = cloned {
+        run(theirs);
+    }
+    if let Some(own) = own {
+        namespace::join_pid_file(own.as_fd())
+            .map_err(|e| child::system("return to the shim's PID namespace", &e))?;
+    }
+    match cloned.map_err(|e| child::system("clone a process", &e))? {
+        Cloned::Child => unreachable!("the child never returns"),
+        Cloned::Parent { pid, pidfd } => Ok(NewChild { pid, pidfd, notes: ours }),
+    }
+}
+
+impl Shim {
+    pub(crate) fn launch(
+        &mut self,
+        spec: LaunchSpec,
+        to: ReplyTo,
+    ) -> Option<Result<Reply, ShimError>> {
+        if let Some(known) = self.containers.get_mut(&spec.container_id) {
+            if let Phase::Starting(starting) = &mut known.phase {
+                starting.waiting.push(to);
+                return None;
+            }
+            return Some(Ok(Reply::Started(known.state())));
+        }
+        self.start_container(spec, to).err().map(Err)
+    }
+
+    fn start_container(&mut self, spec: LaunchSpec, to: ReplyTo) -> Result<(), ShimError> {
+        let Some(sandbox) = &self.sandbox else {
+            return Err(ShimError {
+                kind: ShimErrorKind::BadRequest,
+                message: "the sandbox is not set up".into(),
+                errno: None,
+            });
+        };
+        let join = match &spec.pid_namespace {
+            PidNamespace::Container | PidNamespace::Host => None,
+            PidNamespace::Pod => {
+                let helper = sandbox.helper.as_ref();
+                Some(helper.ok_or_else(|| not_found("shared PID namespace in", "the sandbox"))?.pidfd.as_fd())
+            }
+            PidNamespace::Target(id) => {
+                let target = self.containers.get(id).filter(|c| c.is_running());
+                Some(target.ok_or_else(|| not_found("running container", id))?.pidfd.as_fd())
+            }
+        };
+        let log = match &spec.log {
+            Some(log) => Some(LogFile::open(log.clone()).map_err(|e| {
+                child::bad_request(format_args!("open log {:?}", log.path), &e)
+            })?),
+            None => None,
+        };
+        let Pipes { child: stdio, outputs, stdin } =
+            make_pipes(&spec).map_err(|e| child::system("make pipes", &e))?;
+        let flags = CloneFlags {
+            new_pid: spec.pid_namespace == PidNamespace::Container,
+            new_mount: true,
+        };
+        // The child keeps its ends by value; what is left here is closed behind the clone.
+        let mut stdio = Some(stdio);
+        let new = clone_child(flags, join, |notes| match stdio.take() {
+            Some(stdio) => child::run_container(&spec, stdio, notes),
+            None => clone::exit_child(1),
+        })?;
+        drop(stdio);
+        self.adopt_container(spec, new, log, outputs, stdin, to);
+        Ok(())
+    }
+
+    fn adopt_container(
+        &mut self,
+        spec: LaunchSpec,
+        new: NewChild,
+        log: Option<LogFile>,
+        outputs: [Option<OwnedFd>; 2],
+        stdin: Option<OwnedFd>,
+        to: ReplyTo,
+    ) {
+        let id = spec.container_id;
+        let token = self
+            .watch(new.notes.as_fd(), Source::ContainerNotes(id.clone()), Interest::READ)
+            .unwrap_or_default();
+        let starting =
+            Starting { notes: new.notes, token, ready: false, failure: None, waiting: vec![to] };
+        let mut output = Output { log, ..Output::default() };
+        for (name, fd) in [StreamName::Stdout, StreamName::Stderr].into_iter().zip(outputs) {
+            let Some(fd) = fd else { continue };
+            let source = Source::Stream(id.clone(), name);
+            if let Some(token) = self.watch(fd.as_fd(), source, Interest::READ) {
+                output.add(name, fd, token);
+            }
+        }
+        let stdin = stdin.map(|fd| self.stdin_sink(&id, fd));
+        let oom = OomWatch::new(&spec.cgroups).map(|watch| {
+            let token = watch.wake.as_ref().and_then(|fd| {
+                self.watch(fd.as_fd(), Source::Oom(id.clone()), Interest::READ)
+            });
+            (watch, token)
+        });
+        let container = Container {
+            id: id.clone(),
+            pid: new.pid,
+            pidfd: new.pidfd,
+            state_dir: spec.state_dir,
+            pid_namespace: spec.pid_namespace,
+            cgroups: spec.cgroups,
+            cgroup_namespace: spec.cgroup_namespace,
+            started_at_ns: attrs::now_ns(),
+            tty: spec.tty,
+            want_stdin: spec.stdin,
+            stdin_once: spec.stdin_once,
+            stdin_closing: false,
+            phase: Phase::Starting(starting),
+            output,
+            stdin,
+            oom,
+        };
+        self.containers.insert(id, container);
+    }
+
+    fn stdin_sink(&mut self, id: &str, fd: OwnedFd) -> Sink {
+        let source = Source::Stdin(id.to_owned());
+        let token = self.watch(fd.as_fd(), source, Interest::NONE).unwrap_or_default();
+        Sink::new(fd, token)
+    }
+
+    /// Read what a container's child says; its end means it executed or died.
+    pub(crate) fn container_notes(&mut self, id: &str) {
+        loop {
+            let Some(container) = self.containers.get_mut(id) else { return };
+            let Phase::Starting(starting) = &mut container.phase else { return };
+            match note::receive(starting.notes.as_fd()) {
+                Received::Nothing => return,
+                Received::Note(Note::Warning(text), _) => eprintln!("container {id}: {text}"),
+                Received::Note(Note::Ready, _) => starting.ready = true,
+                Received::Note(Note::Failed(error), _) => starting.failure = Some(error),
+                Received::Note(Note::Terminal, fd) => {
+                    if let Some(fd) = fd {
+                        self.adopt_terminal(id, fd);
+                    }
+                }
+                Received::End => {
+                    let token = starting.token;
+                    if starting.ready && starting.failure.is_none() {
+                        self.container_started(id);
+                    } else {
+                        // The answer waits until the child is reaped: then nothing is left.
+                        self.forget_token(token);
+                        self.unwatch_notes(id);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn unwatch_notes(&mut self, id: &str) {
+        if let Some(Phase::Starting(starting)) = self.containers.get(id).map(|c| &c.phase) {
+            let _ = self.poller.remove(starting.notes.as_fd());
+        }
+    }
+
+    fn adopt_terminal(&mut self, id: &str, fd: OwnedFd) {
+        let _ = event::set_nonblocking(fd.as_fd());
+        let input = fd.try_clone().ok();
+        let source = Source::Stream(id.to_owned(), StreamName::Stdout);
+        let token = self.watch(fd.as_fd(), source, Interest::READ);
+        let want_stdin = self.containers.get(id).is_some_and(|c| c.want_stdin);
+        let stdin = input.filter(|_| want_stdin).map(|fd| self.stdin_sink(id, fd));
+        if let (Some(container), Some(token)) = (self.containers.get_mut(id), token) {
+            container.output.add(StreamName::Stdout, fd, token);
+            container.stdin = stdin;
+        }
+    }
+
+    fn container_started(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        container.started_at_ns = attrs::now_ns();
+        let phase = std::mem::replace(&mut container.phase, Phase::Running);
+        let state = container.state();
+        if let Phase::Starting(starting) = phase {
+            self.forget_token(starting.token);
+            for to in starting.waiting {
+                self.reply(to, Ok(Reply::Started(state.clone())), Vec::new());
+            }
+        }
+        attrs::trim_heap();
+    }
+
+    /// Collect every child that ended.
+    pub(crate) fn reap(&mut self) {
+        while let Ok(Some((pid, outcome))) = pidfd::reap_any() {
+            let container = self
+                .containers
+                .values()
+                .find(|c| c.pid == pid && c.is_live())
+                .map(|c| c.id.clone());
+            if let Some(id) = container {
+                self.container_ended(&id, outcome);
+                continue;
+            }
+            let exec = self.execs.iter().find(|(_, e)| e.pid == pid).map(|(id, _)| id.clone());
+            if let Some(id) = exec {
+                self.exec_ended(&id, outcome);
+                continue;
+            }
+            let helper = self.sandbox.as_ref().and_then(|s| s.helper.as_ref());
+            if helper.is_some_and(|h| h.pid == pid) {
+                eprintln!("the pod's first process ended: {outcome:?}");
+            }
+        }
+    }
+
+    fn container_ended(&mut self, id: &str, outcome: WaitOutcome) {
+        // It may have executed and ended before its notes were looked at.
+        self.container_notes(id);
+        let Some(container) = self.containers.get_mut(id) else { return };
+        if let Phase::Starting(starting) = &mut container.phase {
+            let error = starting.failure.take().unwrap_or_else(|| died_in_setup(outcome));
+            let waiting = std::mem::take(&mut starting.waiting);
+            self.discard(id);
+            for to in waiting {
+                self.reply(to, Err(error.clone()), Vec::new());
+            }
+            return;
+        }
+        if container.pid_namespace != PidNamespace::Container
+            && let Some(dir) = cgroup::tracking_dir(&container.cgroups)
+        {
+            // Its own PID namespace would have ended with it; here the cgroup is the boundary.
+            cgroup::kill_all(dir);
+        }
+        container.phase = Phase::Draining(outcome);
+        if let Some(sink) = container.stdin.take() {
+            self.forget_token(sink.token);
+        }
+        for name in [StreamName::Stdout, StreamName::Stderr] {
+            self.read_stream(id, name);
+        }
+        if self.containers.get(id).is_some_and(|c| !matches!(c.phase, Phase::Exited(_))) {
+            self.finish_if_drained(id);
+            if self.containers.get(id).is_some_and(|c| matches!(c.phase, Phase::Draining(_))) {
+                self.after(DRAIN_MS, Timer::Drain(id.to_owned()));
+            }
+        }
+    }
+
+    /// Read a stream; at its end, see whether the container is done.
+    pub(crate) fn read_stream(&mut self, id: &str, name: StreamName) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        let now = attrs::now_ns();
+        if container.output.streams[name.index()].is_none() {
+            return;
+        }
+        if container.output.read(name, &mut self.scratch, now) == Turn::End {
+            if let Some(stream) = container.output.close(name, now) {
+                self.forget_token(stream.token);
+            }
+            self.finish_if_drained(id);
+        }
+    }
+
+    fn finish_if_drained(&mut self, id: &str) {
+        let Some(container) = self.containers.get(id) else { return };
+        if let Phase::Draining(outcome) = container.phase
+            && container.output.is_done()
+        {
+            self.finish_container(id, outcome);
+        }
+    }
+
+    /// Somebody keeps the pipe: take what is there and go on without him.
+    pub(crate) fn stop_draining(&mut self, id: &str) {
+        let Some(Phase::Draining(outcome)) = self.containers.get(id).map(|c| &c.phase) else {
+            return;
+        };
+        let outcome = *outcome;
+        let now = attrs::now_ns();
+        for name in [StreamName::Stdout, StreamName::Stderr] {
+            let Some(container) = self.containers.get_mut(id) else { return };
+            container.output.read(name, &mut self.scratch, now);
+            if let Some(stream) = container.output.close(name, now) {
+                self.unwatch(stream.fd.as_fd(), stream.token);
+            }
+        }
+        self.finish_container(id, outcome);
+    }
+
+    fn finish_container(&mut self, id: &str, outcome: WaitOutcome) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        let record = ExitRecord {
+            exit_code: outcome.code(),
+            signal: match outcome {
+                WaitOutcome::Exited(_) => None,
+                WaitOutcome::Signaled(signal) => Some(signal),
+            },
+            oom_killed: container.oom.as_ref().is_some_and(|(watch, _)| watch.count() > 0),
+            finished_at_ns: attrs::now_ns(),
+            started_at_ns: container.started_at_ns,
+        };
+        // On disk before anybody is told: an agent that is away finds it there.
+        if let Err(error) = write_record(&container.state_dir, &record) {
+            eprintln!("cannot write the exit record of {id}: {error}");
+        }
+        container.phase = Phase::Exited(record.clone());
+        self.release(id);
+        self.publish(Event::Exited { container_id: id.to_owned(), exit: record });
+        attrs::trim_heap();
+    }
+
+    /// Close everything a container held open.
+    fn release(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        let output = std::mem::take(&mut container.output);
+        let (stdin, oom) = (container.stdin.take(), container.oom.take());
+        let mut tokens: Vec<u64> = output.streams.iter().flatten().map(|s| s.token).collect();
+        for attachment in &output.attachments {
+            tokens.extend(attachment.input.as_ref().map(|(_, token)| *token));
+            tokens.extend(attachment.outputs.iter().flatten().map(|sink| sink.token));
+        }
+        tokens.extend(stdin.as_ref().map(|sink| sink.token));
+        tokens.extend(oom.as_ref().and_then(|(_, token)| *token));
+        for token in tokens {
+            self.forget_token(token);
+        }
+    }
+
+    /// Remove a container that never ran.
+    fn discard(&mut self, id: &str) {
+        self.release(id);
+        self.containers.remove(id);
+    }
+
+    pub(crate) fn signal(&mut self, id: &str, signal: i32, all: bool) -> Result<Reply, ShimError> {
+        let container = self.containers.get(id).ok_or_else(|| not_found("container", id))?;
+        if !container.is_live() {
+            return Err(not_found("running container", id));
+        }
+        let what = |e: io::Error| child::system(format_args!("signal container {id:?}"), &e);
+        if !all {
+            return pidfd::send_signal_fd(container.pidfd.as_fd(), signal)
+                .map(|()| Reply::Done)
+                .map_err(what);
+        }
+        match cgroup::tracking_dir(&container.cgroups) {
+            Some(dir) if signal == 9 => cgroup::kill_all(dir),
+            Some(dir) => {
+                for pid in cgroup::processes(dir) {
+                    let _ = pidfd::kill(pid, signal);
+                }
+            }
+            None => pidfd::send_signal_fd(container.pidfd.as_fd(), signal).map_err(what)?,
+        }
+        Ok(Reply::Done)
+    }
+
+    pub(crate) fn kill_everything(&mut self) {
+        for container in self.containers.values().filter(|c| c.is_live()) {
+            let _ = pidfd::send_signal_fd(container.pidfd.as_fd(), 9);
+            if let Some(dir) = cgroup::tracking_dir(&container.cgroups) {
+                cgroup::kill_all(dir);
+            }
+        }
+        for session in self.execs.values() {
+            let _ = pidfd::send_signal_fd(session.pidfd.as_fd(), 9);
+        }
+    }
+
+    pub(crate) fn forget(&mut self, id: &str) -> Result<Reply, ShimError> {
+        match self.containers.get(id).map(|c| &c.phase) {
+            Some(Phase::Exited(_)) => {
+                self.containers.remove(id);
+                Ok(Reply::Done)
+            }
+            None => Ok(Reply::Done),
+            Some(Phase::Starting(_) | Phase::Running | Phase::Draining(_)) => Err(ShimError {
+                kind: ShimErrorKind::BadRequest,
+                message: format!("container {id:?} has not exited"),
+                errno: None,
+            }),
+        }
+    }
+
+    pub(crate) fn reopen_log(&mut self, id: &str) -> Result<Reply, ShimError> {
+        let container = self.containers.get_mut(id).ok_or_else(|| not_found("container", id))?;
+        if let Some(log) = &mut container.output.log {
+            log.reopen().map_err(|e| child::system("open the log again", &e))?;
+        }
+        Ok(Reply::Done)
+    }
+
+    /// The memory cgroup woke us.
+    pub(crate) fn oom_woke(&mut self, id: &str) {
+        let Some(container) = self.containers.get(id) else { return };
+        let Some((watch, _)) = &container.oom else { return };
+        if let Some(wake) = &watch.wake {
+            event::drain(wake.as_fd());
+        }
+        let again = if watch.early { OOM_AGAIN_MS.len() as u32 } else { 0 };
+        self.check_oom(id, again);
+    }
+
+    /// Tell of memory kills that were not told yet; look again when the kernel woke us early.
+    pub(crate) fn check_oom(&mut self, id: &str, left: u32) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        let running = container.is_running();
+        let Some((watch, _)) = &mut container.oom else { return };
+        let count = watch.count();
+        if count > watch.seen {
+            watch.seen = count;
+            if running {
+                self.publish(Event::Oom { container_id: id.to_owned() });
+            }
+        } else if left > 0 {
+            let wait = OOM_AGAIN_MS[OOM_AGAIN_MS.len() - left as usize];
+            self.after(wait, Timer::OomAgain(id.to_owned(), left - 1));
+        }
+    }
+}
+
+fn died_in_setup(outcome: WaitOutcome) -> ShimError {
+    let how = match outcome {
+        WaitOutcome::Exited(code) => format!("exited with code {code}"),
+        WaitOutcome::Signaled(9) => "was killed, perhaps for memory".to_owned(),
+        WaitOutcome::Signaled(signal) => format!("was ended by signal {signal}"),
+    };
+    ShimError {
+        kind: ShimErrorKind::System,
+        message: format!("the process {how} before it executed its program"),
+        errno: None,
+    }
+}
+
+/// Temp + rename, so that a reader sees all or nothing. No fsync: the record must survive the
+/// agent and the shim, and after a power cut there is no container either.
+fn write_record(dir: &Path, record: &ExitRecord) -> io::Result<()> {
+    let temporary = dir.join("exit.json.tmp");
+    std::fs::write(&temporary, serde_json::to_vec(record)?)?;
+    std::fs::rename(&temporary, dir.join("exit.json"))
+}
