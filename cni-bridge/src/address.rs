@@ -47,6 +47,10 @@ pub(crate) fn allocate(
 
 fn allocate_here(input: &Input<'_>, rtnl: &mut Rtnl) -> Result<AttachResult, CniError> {
     let conf = host_local(input)?;
+    if conf.pool.sets.is_empty() {
+        let msg = "ipam.ranges is missing, and so are ipam.subnet and runtimeConfig.ipRanges";
+        return Err(CniError::new(ErrorCode::InvalidConfig, msg));
+    }
     let owner = input.owner();
     let netns = input.netns.as_deref().unwrap_or(Path::new(""));
     let mut store = open(&conf, input)?;

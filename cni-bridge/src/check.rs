@@ -7,11 +7,14 @@ use std::path::Path;
 use cni::firewall;
 use cni::skel::Input;
 use cni::types::{AttachResult, CniError, ErrorCode};
-use linux::netlink::{Link, Rtnl};
+use linux::netlink::{Link, RouteSpec, Rtnl};
 use linux::nft::Nft;
 
 use crate::config::BridgeConf;
 use crate::{address, kernel, plan};
+
+/// `RT_TABLE_MAIN`
+const RT_TABLE_MAIN: u32 = 254;
 
 fn differs(msg: String) -> CniError {
     CniError::new(ErrorCode::StateDiffers, msg)
@@ -115,9 +118,9 @@ fn check_inside(
     }
     let addresses = inside.addresses_of(link.index).map_err(|e| kernel(&e))?;
     for ip in &previous.ips {
-        if !ip
+        if ip
             .interface
-            .is_none_or(|i| previous.interfaces[i].name == link.name)
+            .is_some_and(|i| previous.interfaces[i].name != link.name)
         {
             continue;
         }
@@ -130,6 +133,27 @@ fn check_inside(
                 "interface {} lacks {}",
                 link.name, ip.address
             )));
+        }
+    }
+    check_routes(&mut inside, &link, previous)
+}
+
+fn check_routes(inside: &mut Rtnl, link: &Link, previous: &AttachResult) -> Result<(), CniError> {
+    let routes = inside.routes_of(link.index).map_err(|e| kernel(&e))?;
+    for wanted in &previous.routes {
+        let same = |route: &RouteSpec| {
+            route.destination == wanted.dst.network()
+                && route.prefix_len == wanted.dst.prefix_len()
+                && (wanted.gw.is_none() || route.gateway == wanted.gw)
+                && route.table.unwrap_or(RT_TABLE_MAIN) == wanted.table.unwrap_or(RT_TABLE_MAIN)
+        };
+        if !routes.iter().any(same) {
+            let via = wanted.gw.map(|gw| format!(" via {gw}")).unwrap_or_default();
+            let msg = format!(
+                "interface {} lacks the route to {}{via}",
+                link.name, wanted.dst
+            );
+            return Err(differs(msg));
         }
     }
     Ok(())

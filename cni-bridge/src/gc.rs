@@ -1,13 +1,14 @@
-//! GC: pairs, leases and masquerade chains of this network that belong to no valid attachment.
+//! GC: pairs and leases of this network that belong to no valid attachment, and its masquerade
+//! chains when there is none at all.
 
 use cni::firewall;
 use cni::ipam::Owner;
 use cni::skel::{AttachmentKey, Input};
-use cni::types::{AttachResult, CniError};
+use cni::types::CniError;
 use linux::netlink::{Change, NetlinkError, Rtnl};
 use linux::nft::Nft;
 
-use crate::config::{BridgeConf, Ipam};
+use crate::config::BridgeConf;
 use crate::{address, kernel, plan};
 
 /// Goes on after a failure and tells the first.
@@ -15,7 +16,7 @@ pub(crate) fn gc(input: &Input<'_>, valid: &[AttachmentKey]) -> Result<(), CniEr
     let conf = BridgeConf::parse(input)?;
     let links = collect_links(input, &conf, valid).map_err(|e| kernel(&e));
     let leases = address::collect(input, &conf.ipam, valid);
-    let chains = collect_chains(input, &conf).map_err(|e| kernel(&e));
+    let chains = collect_chains(input, valid).map_err(|e| kernel(&e));
     links.and(leases).and(chains)
 }
 
@@ -55,19 +56,16 @@ fn collect_links(
     rtnl.apply(&changes).map(|_| ())
 }
 
-/// Chains made for a former configuration of this network. With addresses from elsewhere the
-/// present one is not known here, so nothing is removed.
-fn collect_chains(input: &Input<'_>, conf: &BridgeConf) -> Result<(), NetlinkError> {
-    if matches!(conf.ipam, Ipam::Delegated(_)) {
+/// Chains are the network's, not an attachment's: one made for a former configuration still serves
+/// the pods of that time. They go when nobody is left; the next ADD makes its own again.
+fn collect_chains(input: &Input<'_>, valid: &[AttachmentKey]) -> Result<(), NetlinkError> {
+    if !valid.is_empty() {
         return Ok(());
     }
-    let subnets = address::subnets(input, &conf.ipam, &AttachResult::default());
-    let present = firewall::masquerade(&input.conf.name, &subnets, &conf.masquerade_except).name;
     let prefix = firewall::masquerade_prefix(&input.conf.name);
     let mut nft = Nft::open()?;
     for chain in nft.chains()? {
-        let stale = chain != present || !conf.masquerade;
-        if chain.starts_with(&prefix) && stale {
+        if chain.starts_with(&prefix) {
             nft.remove_chain(&chain)?;
         }
     }

@@ -246,6 +246,21 @@ fn check_finds_each_difference() {
     let result = lab.add(&pod).unwrap();
     lab.check(&pod, &result).unwrap();
     let inside = pod.rtnl().link_by_name("eth0").unwrap().unwrap();
+    let default = pod.rtnl().routes_of(inside.index).unwrap();
+    let default = default
+        .into_iter()
+        .find(|route| route.prefix_len == 0)
+        .unwrap();
+    pod.rtnl()
+        .apply(&[Change::RemoveRoute(default.clone())])
+        .unwrap();
+    assert!(
+        error(lab.check(&pod, &result))
+            .1
+            .contains("lacks the route to 0.0.0.0/0")
+    );
+    pod.rtnl().apply(&[Change::AddRoute(default)]).unwrap();
+    lab.check(&pod, &result).unwrap();
     let address = AddressSpec {
         index: inside.index,
         address: result.ips[0].address.addr(),
@@ -311,12 +326,44 @@ fn gc_removes_what_no_valid_attachment_owns_and_nothing_else() {
         ports.len() == 2 && ports.contains(&"stranger".to_owned()),
         "{ports:?}"
     );
-    let chains = lab.nft().chains().unwrap();
-    assert!(
-        chains.len() == 2 && chains.contains(&foreign.name),
-        "{chains:?}"
+    assert_eq!(
+        lab.nft().chains().unwrap().len(),
+        3,
+        "pods of a former configuration need theirs"
     );
-    assert!(!chains.contains(&former.name));
+    lab.gc(&[]).unwrap();
+    assert_eq!(lab.nft().chains().unwrap(), [foreign.name]);
+    assert_eq!(
+        (lab.claims().len(), lab.ports()),
+        (0, vec!["stranger".to_owned()])
+    );
+}
+
+#[test]
+fn ranges_may_come_with_each_add_only() {
+    let mut lab = Lab::new();
+    lab.conf["ipam"]["ranges"].take();
+    assert!(
+        error(lab.add(&Pod::new("none")))
+            .1
+            .contains("runtimeConfig.ipRanges")
+    );
+    let without = lab.conf.clone();
+    lab.conf["runtimeConfig"] = json!({"ipRanges": [[{"subnet": "10.66.0.0/24"}]]});
+    let pod = Pod::new("one");
+    assert_eq!(
+        lab.add(&pod).unwrap().ips[0].address.to_string(),
+        "10.66.0.2/24"
+    );
+    lab.conf = without;
+    lab.call("STATUS", "", "", &lab.conf).unwrap();
+    lab.gc(&[&pod]).unwrap();
+    assert_eq!(
+        (lab.claims().len(), lab.nft().chains().unwrap().len()),
+        (1, 1)
+    );
+    lab.del(&pod).unwrap();
+    lab.assert_nothing_left("without ranges");
 }
 
 #[test]

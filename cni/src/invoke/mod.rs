@@ -244,14 +244,11 @@ impl Networks {
             .and_then(|r| conflist::parse(&r.file, r.config.clone()).ok());
         let list = then.as_ref().unwrap_or(&self.list);
         let previous = record.as_ref().and_then(|r| r.result.as_ref());
-        // The arguments of ADD are those that name what must be freed (host ports).
+        // What ADD was given names what must be freed (host ports, ranges), whatever holds today.
         let mut attachment = attachment.clone();
-        if let Some(record) = &record
-            && attachment.capability_args.is_empty()
-        {
-            attachment
-                .capability_args
-                .clone_from(&record.attachment.capability_args);
+        if let Some(record) = &record {
+            let then = &record.attachment.capability_args;
+            attachment.capability_args.clone_from(then);
         }
         if !attachment.netns.exists() {
             attachment.netns = PathBuf::new();

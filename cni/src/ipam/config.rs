@@ -23,7 +23,8 @@ pub struct ConfigError {
 /// The object, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostLocal {
-    /// Addresses to give.
+    /// Addresses to give. Empty when the configuration names none: then ranges come with each ADD
+    /// (`ipRanges`), and the other verbs do without, for they are not told them.
     pub pool: Pool,
     /// Routes for the container.
     pub routes: Vec<Route>,
@@ -62,11 +63,8 @@ impl HostLocal {
         if ipam.contains_key("subnet") {
             sets.push(range_set(&[range(ipam, "ipam")?], "ipam")?);
         }
-        if let Some(ranges) = ipam.get("ranges") {
+        if let Some(ranges) = ipam.get("ranges").filter(|ranges| !ranges.is_null()) {
             sets.extend(range_sets(ranges, "ipam.ranges")?);
-        }
-        if sets.is_empty() {
-            return wrong("ipam.ranges", "is missing, and so is ipam.subnet");
         }
         let pool = Pool { sets };
         no_overlap(&pool)?;
@@ -296,11 +294,12 @@ mod tests {
     }
 
     #[test]
+    fn ranges_may_be_missing_where_they_come_with_each_add() {
+        check(r#"{"ipam":{}}"#, "");
+    }
+
+    #[test]
     fn a_bad_value_names_its_field() {
-        check(
-            r#"{"ipam":{}}"#,
-            "ipam.ranges is missing, and so is ipam.subnet",
-        );
         check(
             r#"{"ipam":{"subnet":"ten"}}"#,
             r#"ipam.subnet "ten" is not a network"#,

@@ -140,7 +140,7 @@ pub(super) fn family(address: &IpAddr) -> AddressFamily {
     }
 }
 
-fn ip(bytes: &[u8]) -> Option<IpAddr> {
+pub(super) fn ip(bytes: &[u8]) -> Option<IpAddr> {
     let v4 = bytes
         .try_into()
         .ok()

@@ -2,8 +2,8 @@
 //!
 //! * A [`Change`] is a value; [`Rtnl::apply`] carries a list of them out in **one** `sendmsg`,
 //!   each idempotent: what is already so, or already gone, is success.
-//! * Questions are asked by name or index (`RTM_GETLINK`), never by dumping tables; the two dumps
-//!   there are ([`Rtnl::ports_of`], [`Rtnl::addresses_of`]) are filtered by the kernel, repeated
+//! * Questions are asked by name or index (`RTM_GETLINK`), never by dumping tables; the dumps
+//!   there are ([`Rtnl::ports_of`], [`Rtnl::addresses_of`], [`Rtnl::routes_of`]) are filtered by the kernel, repeated
 //!   when the table changed meanwhile, and not for the one-shot path of a plugin.
 //! * No task, no thread but the short one that enters a namespace, no async runtime.
 
@@ -316,6 +316,20 @@ impl Rtnl {
         let answers = self.dump(&addr::dump(index))?;
         let addresses = answers.iter().filter_map(AddressSpec::decode);
         Ok(addresses.filter(|address| address.index == index).collect())
+    }
+
+    /// The unicast routes over a link, of every table. A dump filtered by the kernel.
+    ///
+    /// # Errors
+    /// As [`Rtnl::ports_of`].
+    pub fn routes_of(&mut self, index: u32) -> Result<Vec<RouteSpec>, NetlinkError> {
+        let mut routes = Vec::new();
+        for request in route::dumps(index) {
+            let answers = self.dump(&request)?;
+            routes.extend(answers.iter().filter_map(RouteSpec::decode));
+        }
+        routes.retain(|route| route.index == index);
+        Ok(routes)
     }
 
     fn dump(&mut self, request: &Request) -> Result<Vec<socket::Answer>, NetlinkError> {

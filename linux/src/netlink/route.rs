@@ -1,18 +1,30 @@
 //! Routes.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_core::Emitable;
+use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
     RouteScope, RouteType,
 };
 
-use super::addr::family;
-use super::socket::{NLM_F_CREATE, NLM_F_EXCL, Request};
+use super::addr::{family, ip};
+use super::socket::{Answer, NLM_F_CREATE, NLM_F_EXCL, Request, each_attribute};
 
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
+const RTM_GETROUTE: u16 = 26;
+/// `struct rtmsg`
+const RTMSG_BYTES: usize = 12;
+const AF_INET: u16 = libc::AF_INET as u16;
+const AF_INET6: u16 = libc::AF_INET6 as u16;
+const RTN_UNICAST: u8 = 1;
+const RTA_DST: u16 = 1;
+const RTA_OIF: u16 = 4;
+const RTA_GATEWAY: u16 = 5;
+const RTA_PRIORITY: u16 = 6;
+const RTA_TABLE: u16 = 15;
 
 /// A unicast route over one link.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,6 +91,45 @@ impl RouteSpec {
         }
     }
 
+    /// Reads a unicast `RTM_NEWROUTE`; none when it is another message or too short. Metrics of
+    /// the path are not read.
+    pub(super) fn decode(answer: &Answer) -> Option<Self> {
+        let header = answer.body.first_chunk::<RTMSG_BYTES>()?;
+        let [family, prefix_len, _, _, table, _, scope, kind, ..] = *header;
+        if answer.kind != RTM_NEWROUTE || kind != RTN_UNICAST {
+            return None;
+        }
+        // A default route has no destination attribute.
+        let destination: IpAddr = match u16::from(family) {
+            AF_INET => Ipv4Addr::UNSPECIFIED.into(),
+            AF_INET6 => Ipv6Addr::UNSPECIFIED.into(),
+            _ => return None,
+        };
+        let mut route = Self {
+            destination,
+            prefix_len,
+            gateway: None,
+            index: 0,
+            mtu_bytes: None,
+            advmss_bytes: None,
+            priority: None,
+            table: Some(u32::from(table)),
+            scope: Some(scope),
+        };
+        let number = |value: &[u8]| value.first_chunk::<4>().map(|b| u32::from_ne_bytes(*b));
+        for (kind, value) in each_attribute(&answer.body[RTMSG_BYTES..]) {
+            match kind {
+                RTA_DST => route.destination = ip(value)?,
+                RTA_OIF => route.index = number(value)?,
+                RTA_GATEWAY => route.gateway = ip(value),
+                RTA_PRIORITY => route.priority = number(value),
+                RTA_TABLE => route.table = number(value),
+                _ => {}
+            }
+        }
+        Some(route)
+    }
+
     fn attributes(&self) -> Vec<RouteAttribute> {
         let mut attributes = vec![RouteAttribute::Oif(self.index)];
         if self.prefix_len > 0 {
@@ -97,9 +148,40 @@ impl RouteSpec {
     }
 }
 
+/// One dump per family: the kernel filters only within one.
+pub(super) fn dumps(index: u32) -> [Request; 2] {
+    [AddressFamily::Inet, AddressFamily::Inet6].map(|family| {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family;
+        message.attributes = vec![RouteAttribute::Oif(index)];
+        let mut body = vec![0; message.buffer_len()];
+        message.emit(&mut body);
+        let object = index.to_string();
+        Request {
+            kind: RTM_GETROUTE,
+            flags: 0,
+            body,
+            operation: "list routes of link",
+            object,
+        }
+    })
+}
+
 fn address(ip: IpAddr) -> RouteAddress {
     match ip {
         IpAddr::V4(v4) => RouteAddress::Inet(v4),
         IpAddr::V6(v6) => RouteAddress::Inet6(v6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_the_route_reader_panic(body: Vec<u8>) {
+            let _ = RouteSpec::decode(&Answer { kind: RTM_NEWROUTE, body });
+        }
     }
 }

@@ -131,6 +131,17 @@ fn addresses_and_routes_of_both_families_come_and_go_twice() {
     ] {
         assert!(found.contains(&wanted), "{wanted:?} in {found:?}");
     }
+    let routes = rtnl.routes_of(index).unwrap();
+    for (destination, gateway) in [("0.0.0.0", "10.1.0.1"), ("::", "fd00::1")] {
+        let default = routes
+            .iter()
+            .find(|r| r.prefix_len == 0 && r.destination.to_string() == destination);
+        assert_eq!(
+            default.unwrap().gateway,
+            Some(gateway.parse().unwrap()),
+            "{routes:?}"
+        );
+    }
     let remove = [
         Change::RemoveRoute(route("::", 0, "fd00::1")),
         Change::RemoveRoute(route("0.0.0.0", 0, "10.1.0.1")),
