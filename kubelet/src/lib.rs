@@ -15,6 +15,7 @@
 //! IO or clocks in `pod::plan` and `status::derive`, top-level tasks started outside `agent`.
 
 pub mod api;
+pub mod cli;
 pub mod config;
 pub mod events;
 pub mod images;
