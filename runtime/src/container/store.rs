@@ -1,0 +1,107 @@
+//! A container's files.
+//!
+//! ```text
+//! <root>/containers/<id>/{container.json, exit.json (the shim's), upper/, work/, volumes/}
+//! ```
+
+use super::state::{ContainerRecord, Exit};
+use crate::config::EngineConfig;
+use crate::error::system;
+use crate::sandbox::store::is_id;
+use crate::service::{ContainerId, Result};
+use linux::fs::{Durability, ensure_dir, list_dir, read_file, remove_tree, write_atomic};
+use pod_shim::protocol::ExitRecord;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::PathBuf;
+
+/// A record larger than this was not written by us.
+const MAX_RECORD_BYTES: usize = 16 << 20;
+
+/// The container's directory.
+pub(crate) fn dir(config: &EngineConfig, id: &ContainerId) -> PathBuf {
+    config.containers().join(id.as_str())
+}
+
+/// Writes the record.
+pub(crate) fn save(config: &EngineConfig, record: &ContainerRecord) -> Result<()> {
+    let path = dir(config, &record.id).join("container.json");
+    let text = serde_json::to_vec(record).map_err(|e| system(&e))?;
+    Ok(write_atomic(&path, &text, 0o600, Durability::Process)?)
+}
+
+/// Makes the directories, the record first among the files.
+pub(crate) fn create(config: &EngineConfig, record: &ContainerRecord) -> Result<()> {
+    let dir = dir(config, &record.id);
+    ensure_dir(&dir, 0o711)?;
+    save(config, record)?;
+    ensure_dir(&dir.join("work"), 0o700)?;
+    let upper = dir.join("upper");
+    ensure_dir(&upper, 0o755)?;
+    // The writable layer's top directory is the container's `/`: it looks like the image's.
+    if let Some(top) = record.launch.rootfs.lower.first() {
+        let image = std::fs::metadata(top).map_err(|e| system(&e))?;
+        if (image.uid(), image.gid()) != (0, 0) {
+            let owner = (Some(image.uid()), Some(image.gid()));
+            std::os::unix::fs::chown(&upper, owner.0, owner.1).map_err(|e| system(&e))?;
+        }
+        let bits = std::fs::Permissions::from_mode(image.mode() & 0o7777);
+        std::fs::set_permissions(&upper, bits).map_err(|e| system(&e))?;
+    }
+    Ok(())
+}
+
+/// Deletes everything, the record last.
+pub(crate) fn delete(config: &EngineConfig, id: &ContainerId) -> Result<()> {
+    let dir = dir(config, id);
+    for part in ["upper", "work", "volumes"] {
+        remove_tree(&dir.join(part))?;
+    }
+    Ok(remove_tree(&dir)?)
+}
+
+/// How it ended, when its shim left word.
+pub(crate) fn exit_record(config: &EngineConfig, id: &ContainerId) -> Option<Exit> {
+    let file = dir(config, id).join("exit.json");
+    let text = read_file(&file, 1 << 16).ok()?;
+    match serde_json::from_slice::<ExitRecord>(&text) {
+        Ok(record) => Some(Exit::from_record(&record)),
+        Err(e) => {
+            tracing::warn!(file = %file.display(), error = %e, "unreadable exit record");
+            None
+        }
+    }
+}
+
+/// A record found on disk.
+pub(crate) enum Found {
+    /// It can be used.
+    Record(Box<ContainerRecord>),
+    /// The directory is ours and its record was never written or already deleted.
+    Empty(ContainerId),
+    /// Something else; why.
+    Foreign(String),
+}
+
+/// All containers on disk.
+pub(crate) fn load_all(config: &EngineConfig) -> Result<Vec<Found>> {
+    let mut all = Vec::new();
+    for name in list_dir(&config.containers())? {
+        let name = name.to_string_lossy().into_owned();
+        let path = config.containers().join(&name);
+        if !is_id(&name) {
+            all.push(Found::Foreign(format!("unknown {}", path.display())));
+            continue;
+        }
+        let file = path.join("container.json");
+        all.push(match read_file(&file, MAX_RECORD_BYTES) {
+            Err(e) if e.is_not_found() => Found::Empty(ContainerId(name)),
+            Err(e) => Found::Foreign(crate::error::chain(&e)),
+            Ok(text) => match serde_json::from_slice::<ContainerRecord>(&text) {
+                Ok(record) if record.id.0 == name => Found::Record(Box::new(record)),
+                Ok(_) => Found::Foreign(format!("{} names another id", file.display())),
+                Err(e) => Found::Foreign(format!("read {}: {e}", file.display())),
+            },
+        });
+    }
+    Ok(all)
+}
