@@ -1,0 +1,1 @@
+//! The server over real TLS, with a scripted runtime.
