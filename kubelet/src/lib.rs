@@ -15,7 +15,6 @@
 //! IO or clocks in `pod::plan` and `status::derive`, top-level tasks started outside `agent`.
 
 pub mod api;
-pub mod cli;
 pub mod config;
 pub mod events;
 pub mod images;
