@@ -3,13 +3,14 @@
 //! Works beside a running agent and without one: both lock the same store. What a person reads
 //! goes to standard output, progress and complaints to standard error.
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{ArgMatches, Args, FromArgMatches as _, Subcommand, ValueEnum};
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use runtime::image::{ImageError, ImageStore, LayerHandle, LayerProgress, RegistryConfig};
 use runtime::service::{ImageStatus, RegistryAuth};
 use serde::Deserialize;
 use std::io::{IsTerminal, Read as _, Write};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use std::time::Duration;
 ///   kubelet image ls -o json
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
-pub struct ImageArgs {
+struct ImageArgs {
     /// Settings of the runtime (YAML): its root directory and registry mirrors.
     #[arg(long, value_name = "FILE", global = true)]
     runtime_config: Option<PathBuf>,
@@ -97,7 +98,7 @@ enum Output {
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
-pub enum ImageCommandError {
+enum ImageCommandError {
     /// The store said no.
     #[error(transparent)]
     Store(#[from] ImageError),
@@ -141,11 +142,47 @@ struct RuntimeFile {
 /// Where the runtime keeps its state when nothing says otherwise.
 const DEFAULT_ROOT: &str = "/var/lib/ferrule";
 
+/// The subcommand for clap.
+pub(super) fn command() -> clap::Command {
+    ImageArgs::augment_args(clap::Command::new("image"))
+}
+
+/// Does what the words after `kubelet image` say.
+pub(super) fn main(matches: &ArgMatches) -> ExitCode {
+    let args = match ImageArgs::from_arg_matches(matches) {
+        Ok(args) => args,
+        Err(error) => error.exit(),
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("kubelet: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(args, &mut std::io::stdout())) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kubelet: {}", whole(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// An error with all its causes.
+fn whole(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |e| e.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
 /// Runs `kubelet image …`; lists go to `out`.
 ///
 /// # Errors
 /// [`ImageCommandError`], one sentence for people.
-pub async fn run(args: ImageArgs, out: &mut (dyn Write + Send)) -> Result<()> {
+async fn run(args: ImageArgs, out: &mut (dyn Write + Send)) -> Result<()> {
     // Whoever installed one first wins; all install the same.
     drop(rustls::crypto::ring::default_provider().install_default());
     let (root, registries) = settings(&args)?;
