@@ -332,17 +332,21 @@ fn make_pair(
         .map_err(|e| kernel(&e))?
         .ok_or_else(vanished)?;
     let alias = plan::alias(&input.conf.name, &input.owner());
-    let mut changes = vec![Change::SetAlias {
-        index: host.index,
-        alias,
-    }];
+    let index = host.index;
+    // A port needs no address of its own.
+    let mut changes = vec![
+        Change::SetAlias { index, alias },
+        Change::NoLinkLocal { index },
+    ];
     if conf.hairpin || conf.isolated {
+        let (hairpin, isolated) = (conf.hairpin, conf.isolated);
         changes.push(Change::SetPort(PortSpec {
-            index: host.index,
-            hairpin: conf.hairpin,
-            isolated: conf.isolated,
+            index,
+            hairpin,
+            isolated,
         }));
     }
+    changes.push(Change::SetUp { index, up: true });
     rtnl.apply(&changes).map_err(|e| kernel(&e))?;
     Ok(host)
 }

@@ -133,7 +133,13 @@ pub(crate) fn container_changes(
     result: &AttachResult,
     detect_duplicates: bool,
 ) -> Vec<Change> {
-    let mut changes = vec![Change::SetUp { index, up: true }];
+    let mut changes = Vec::new();
+    if !result.ips.iter().any(|ip| ip.address.addr().is_ipv6()) {
+        // Each link-local address costs several multicast packets to every port of the bridge:
+        // with it, an ADD beside 600 pods takes many times that of the first.
+        changes.push(Change::NoLinkLocal { index });
+    }
+    changes.push(Change::SetUp { index, up: true });
     changes.extend(result.ips.iter().map(|ip| {
         Change::AddAddress(AddressSpec {
             index,

@@ -7,8 +7,8 @@ use std::str::FromStr;
 use netlink_packet_core::Emitable;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::link::{
-    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute,
-    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridgePort, InfoData, InfoKind, InfoPortData,
+    InfoPortKind, InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
 };
 
 use super::socket::{Answer, NLM_F_CREATE, NLM_F_EXCL, Request, attribute, each_attribute};
@@ -157,7 +157,8 @@ pub struct BridgeSpec {
     pub mtu_bytes: Option<u32>,
 }
 
-/// A veth pair to make in one request: one end here, the other born inside a namespace.
+/// A veth pair to make in one request: one end here, the other born inside a namespace. Both are
+/// down: what must hold before the first packet is set first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VethSpec {
     /// Name of our end.
@@ -250,8 +251,6 @@ impl VethSpec {
             LinkAttribute::NetNsFd(self.peer_netns),
         ];
         peer.extend(self.mtu_bytes.map(LinkAttribute::Mtu));
-        // The driver refuses to open a peer that is not paired yet (ENOTCONN): the other end is
-        // set up from inside its namespace, together with its addresses.
         let peer = message(0, peer);
         let mut ours = vec![
             LinkAttribute::IfName(self.name.clone()),
@@ -264,7 +263,7 @@ impl VethSpec {
         ours.extend(self.master.map(LinkAttribute::Controller));
         ours.extend(self.mtu_bytes.map(LinkAttribute::Mtu));
         let object = format!("{} with peer {}", self.name, self.peer_name);
-        let message = with_up(message(0, ours), true);
+        let message = message(0, ours);
         request(
             RTM_NEWLINK,
             NLM_F_CREATE | NLM_F_EXCL,
@@ -309,6 +308,21 @@ pub(super) fn set_up(index: u32, up: bool) -> Request {
         0,
         &with_up(message(index, vec![]), up),
         operation,
+        index.to_string(),
+    )
+}
+
+/// No address is made up for the link: no duplicate detection, router solicitation or group
+/// report goes out when it comes up. `IFLA_INET6_ADDR_GEN_MODE`.
+pub(super) fn no_link_local(index: u32) -> Request {
+    let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+    let spec = LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![mode])]);
+    let message = message(index, vec![spec]);
+    request(
+        RTM_SETLINK,
+        0,
+        &message,
+        "leave without link-local address",
         index.to_string(),
     )
 }

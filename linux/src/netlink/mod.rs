@@ -136,6 +136,11 @@ pub enum Change {
         /// Up, else down.
         up: bool,
     },
+    /// Make up no IPv6 link-local address when it comes up. A kernel or link without IPv6 is fine.
+    NoLinkLocal {
+        /// The link.
+        index: u32,
+    },
     /// Set the transmission unit.
     SetMtu {
         /// The link.
@@ -185,6 +190,7 @@ impl Change {
             Self::AddVeth(spec) => spec.request(),
             Self::RemoveLink { name } => link::remove(name),
             Self::SetUp { index, up } => link::set_up(*index, *up),
+            Self::NoLinkLocal { index } => link::no_link_local(*index),
             Self::SetMtu { index, mtu_bytes } => link::set_mtu(*index, *mtu_bytes),
             Self::SetPromiscuous { index, on } => link::set_promiscuous(*index, *on),
             Self::SetAlias { index, alias } => link::set_alias(*index, alias),
@@ -203,6 +209,7 @@ impl Change {
                 &[libc::EEXIST]
             }
             Self::RemoveLink { .. } => &[libc::ENODEV],
+            Self::NoLinkLocal { .. } => &[libc::EAFNOSUPPORT, libc::EOPNOTSUPP],
             Self::RemoveAddress(_) => &[libc::EADDRNOTAVAIL, libc::ENODEV],
             Self::RemoveRoute(_) => &[libc::ESRCH, libc::ENODEV],
             Self::SetUp { .. }

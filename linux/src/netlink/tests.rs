@@ -55,7 +55,7 @@ fn a_pair_is_born_in_the_bridge_and_in_the_namespace_by_one_request() {
     assert_eq!(ours.master, Some(bridge.index));
     assert_eq!(
         (ours.up, ours.mtu_bytes, ours.mac),
-        (true, 1400, Some(mac(2)))
+        (false, 1400, Some(mac(2)))
     );
     let mut inside = Rtnl::open_in(pod.as_fd()).unwrap();
     let peer = inside.link_by_name("eth0").unwrap().unwrap();
@@ -73,6 +73,11 @@ fn a_pair_is_born_in_the_bridge_and_in_the_namespace_by_one_request() {
             index: ours.index,
             alias: "owner".into(),
         },
+        Change::NoLinkLocal { index: ours.index },
+        Change::SetUp {
+            index: ours.index,
+            up: true,
+        },
         Change::SetPort(PortSpec {
             index: ours.index,
             hairpin: true,
@@ -80,6 +85,13 @@ fn a_pair_is_born_in_the_bridge_and_in_the_namespace_by_one_request() {
         }),
     ])
     .unwrap();
+    inside
+        .apply(&[Change::SetUp {
+            index: peer.index,
+            up: true,
+        }])
+        .unwrap();
+    assert_eq!(rtnl.addresses_of(ours.index).unwrap(), []);
     let ports = rtnl.ports_of(bridge.index).unwrap();
     assert_eq!(ports.len(), 1);
     let port = &ports[0];
