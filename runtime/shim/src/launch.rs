@@ -63,11 +63,12 @@ pub(crate) struct NewChild {
     pub(crate) notes: OwnedFd,
 }
 
-/// Clone a child, in the PID namespace of `join` when there is one. The child runs `run`.
+/// Clone a child, in the PID namespace of `join` when there is one. The child runs `run`, which
+/// must not return.
 pub(crate) fn clone_child(
     flags: CloneFlags,
     join: Option<BorrowedFd<'_>>,
-    run: impl FnOnce(OwnedFd) -> std::convert::Infallible,
+    run: impl FnOnce(OwnedFd),
 ) -> Result<NewChild, ShimError> {
     let (ours, theirs) =
         linux::fdpass::message_pair().map_err(|e| child::system("make a socket pair", &e))?;
@@ -86,6 +87,7 @@ pub(crate) fn clone_child(
     let cloned = clone::clone3(flags);
     if let Ok(Cloned::Child) = cloned {
         run(theirs);
+        clone::exit_child(1);
     }
     if let Some(own) = own {
         namespace::join_pid_file(own.as_fd())
