@@ -83,7 +83,11 @@ fn deny(cargo: impl Fn(&[&str]) -> Command) -> Result<()> {
     )
 }
 
-fn house_rules() -> Result<()> {
+/// Runs [`tidy`] and lists what it finds.
+///
+/// # Errors
+/// When a rule is broken.
+pub fn house_rules() -> Result<()> {
     let step = Step::begin("tidy");
     let complaints = tidy::tidy().context("look through the repository")?;
     if !complaints.is_empty() {

@@ -64,9 +64,11 @@ pub fn run(options: &ConformanceOptions) -> Result<()> {
     })?;
     let reports = lab.layout.dir.join("conformance");
     std::fs::create_dir_all(&reports).context("create the report directory")?;
+    // A dry run is refused in parallel.
+    let procs = if options.dry_run { 1 } else { options.procs };
     let mut runner = command::command(programs.join("ginkgo"), &[]);
     runner
-        .arg(format!("--procs={}", options.procs))
+        .arg(format!("--procs={procs}"))
         .arg("--no-color")
         .arg("--flake-attempts=1");
     runner.arg(format!("--focus={}", options.focus));

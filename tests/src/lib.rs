@@ -20,3 +20,4 @@ pub mod scenario;
 pub mod suite;
 pub mod tidy;
 pub mod vm;
+pub mod vm_suite;

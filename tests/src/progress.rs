@@ -34,6 +34,9 @@ impl Step {
             bar.enable_steady_tick(Duration::from_millis(120));
             bar
         });
+        if bar.is_none() {
+            eprintln!("… {title}");
+        }
         Self {
             title,
             started: now,

@@ -22,7 +22,8 @@ pub struct Tally {
 }
 
 impl Tally {
-    fn add(&mut self, other: Self) {
+    /// Adds another tally to this one.
+    pub fn add(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed += other.failed;
     }
@@ -42,6 +43,8 @@ pub struct TestOptions {
     pub may_install: bool,
     /// Run what needs a cluster.
     pub cluster: bool,
+    /// Run the runtime's tests in a virtual machine with cgroup v2 too.
+    pub vm: bool,
     /// Keep the lab up afterwards, to look at a failure.
     pub keep: bool,
     /// Only scenarios whose name contains this.
@@ -68,6 +71,9 @@ pub fn run(options: &TestOptions) -> Result<Tally> {
             &["--package", "testkit", "--lib"],
             options,
         )?);
+    }
+    if options.vm {
+        tally.add(crate::vm_suite::run(options.may_install)?);
     }
     if options.cluster {
         tally.add(scenarios(options)?);
@@ -169,7 +175,7 @@ fn stage(title: &str, args: &[&str], options: &TestOptions) -> Result<Tally> {
 }
 
 /// Reads `test result: ok. 5 passed; 1 failed; …`.
-fn parse_result(line: &str) -> Option<Tally> {
+pub(crate) fn parse_result(line: &str) -> Option<Tally> {
     let rest = line.trim().strip_prefix("test result: ")?;
     let number = |word: &str| {
         let (before, _) = rest.split_once(word)?;

@@ -36,6 +36,8 @@ pub(crate) enum Command {
     Test(Test),
     /// Check formatting, lints, licences and the house rules
     Check,
+    /// Check the house rules only: dependency arrows, sizes, headers, links
+    Tidy,
     /// Measure
     Bench(Bench),
     /// Run the unmodified upstream end-to-end suite on a lab

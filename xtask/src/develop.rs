@@ -13,11 +13,20 @@ pub(crate) fn check() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Exit code 1 when a rule is broken.
+pub(crate) fn tidy() -> Result<ExitCode> {
+    checks::house_rules()?;
+    Ok(ExitCode::SUCCESS)
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Test {
     /// Only tests that need no cluster
     #[arg(long)]
     no_cluster: bool,
+    /// Run the runtime's tests in a virtual machine with systemd and cgroup v2 too
+    #[arg(long)]
+    vm: bool,
     /// Only scenarios whose name contains this
     #[arg(long, value_name = "TEXT", conflicts_with = "no_cluster")]
     scenario: Option<String>,
@@ -34,6 +43,7 @@ impl Test {
         let tally = suite::run(&suite::TestOptions {
             may_install: !self.no_install,
             cluster: !self.no_cluster,
+            vm: self.vm,
             keep: self.keep,
             filter: self.scenario,
         })?;

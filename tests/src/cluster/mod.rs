@@ -267,7 +267,7 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
         "{nodes} nodes are more than {MAX_NODES}"
     );
     if nodes > 0 {
-        build_programs(&mut lab, options)?;
+        build_programs(&mut lab, options, nodes)?;
     }
     network::ensure_bridge(&lab.layout)?;
     let authorities = pki::ensure_control_plane(&lab.layout)?;
@@ -309,29 +309,21 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
     Ok(lab)
 }
 
-fn build_programs(lab: &mut Lab, options: &UpOptions) -> Result<()> {
+fn build_programs(lab: &mut Lab, options: &UpOptions, nodes: usize) -> Result<()> {
     packages::ensure(packages::NODES, options.may_install)?;
-    let stock = options.kind == NodeKind::Stock
-        || lab
-            .state
-            .nodes
-            .values()
-            .any(|node| node.kind == NodeKind::Stock);
-    let ferrule = options.kind == NodeKind::Ferrule
-        || lab
-            .state
-            .nodes
-            .values()
-            .any(|node| node.kind == NodeKind::Ferrule);
-    if stock {
+    let kinds: Vec<NodeKind> = (1..=nodes)
+        .map(|number| {
+            let recorded = lab.state.nodes.get(&Layout::node_name(number));
+            recorded.map_or(options.kind, |node| node.kind)
+        })
+        .collect();
+    if kinds.contains(&NodeKind::Stock) {
         packages::ensure(packages::STOCK, options.may_install)?;
         lab.peers = Some(artefacts::go::stock_peers()?);
     }
-    if ferrule {
-        let step = Step::begin(format!(
-            "build kubelet ({}), pod-shim, cni-bridge",
-            options.profile
-        ));
+    if kinds.contains(&NodeKind::Ferrule) {
+        let title = format!("build kubelet ({}), pod-shim, cni-bridge", options.profile);
+        let step = Step::begin(title);
         lab.ours = Some(ours::build(&options.profile)?);
         step.done("");
     }
