@@ -67,6 +67,7 @@ fn measure(lab_name: &str, kind: NodeKind, options: &BenchOptions) -> Result<Val
         kind,
         may_install: options.may_install,
         agents: true,
+        services: false,
         sample: false,
         profile: options.profile.clone(),
     })?;

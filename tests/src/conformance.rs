@@ -59,6 +59,7 @@ pub fn run(options: &ConformanceOptions) -> Result<()> {
         kind: options.kind,
         may_install: options.may_install,
         agents: true,
+        services: true,
         sample: false,
         profile: "lab".to_owned(),
     })?;

@@ -91,6 +91,7 @@ fn scenarios(options: &TestOptions) -> Result<Tally> {
         kind: NodeKind::Ferrule,
         may_install: options.may_install,
         agents: true,
+        services: true,
         sample: true,
         profile: "lab".to_owned(),
     });

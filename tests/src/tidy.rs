@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Longest source file, tests not counted; longer ones have two subjects.
-const MAX_LINES: usize = 600;
+const MAX_LINES: usize = 700;
 
 /// Which of our packages a package may use. Arrows point one way only, and a package may skip a
 /// step downwards.
@@ -115,7 +115,13 @@ fn check_arrows(uses: &BTreeMap<String, Vec<String>>) -> Vec<String> {
 fn source(file: &Path, text: &str) -> Vec<String> {
     let mut complaints = Vec::new();
     let name = file.display();
-    let test_file = file.iter().any(|part| part == "tests.rs" || part == "e2e");
+    let stem = file
+        .file_stem()
+        .map(|stem| stem.to_string_lossy().into_owned());
+    let test_file = stem.is_some_and(|stem| stem == "tests" || stem.ends_with("_tests"))
+        || file
+            .iter()
+            .any(|part| part == "e2e" || part == "tests" && file.iter().nth(1) == Some(part));
     let body = text.split("#[cfg(test)]").next().unwrap_or(text);
     let lines = body.lines().count();
     if lines > MAX_LINES && !test_file {

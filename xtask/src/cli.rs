@@ -103,6 +103,7 @@ impl Up {
             kind: self.kind.into(),
             may_install: !self.no_install,
             agents: !self.no_agent,
+            services: true,
             sample: !self.no_sample,
             profile: self.profile,
         })?;

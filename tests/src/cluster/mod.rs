@@ -64,6 +64,8 @@ pub struct UpOptions {
     /// Start the nodes' agents. Without them the nodes are prepared, but whoever wants to look at an
     /// agent closely starts it by hand.
     pub agents: bool,
+    /// Run the stock kube-proxy on every node, so that services have addresses that work.
+    pub services: bool,
     /// Start the sample.
     pub sample: bool,
     /// Cargo profile the agent is built with.
@@ -301,6 +303,12 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
     network::ensure_routes(&lab.layout, &lab.sites())?;
     for number in 1..=nodes {
         wait_node_ready(&lab, &Layout::node_name(number))?;
+    }
+    if options.services {
+        for number in 1..=nodes {
+            let node = node::existing(&lab, &Layout::node_name(number))?;
+            node::ensure_proxy(&mut lab, &node)?;
+        }
     }
     step.done("Ready");
     if options.sample {

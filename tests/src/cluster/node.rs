@@ -319,6 +319,36 @@ pub fn ensure_agent(
     lab.ensure_process(&format!("{}/{process}", node.name), &spec)
 }
 
+/// Starts the stock kube-proxy inside the node.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn ensure_proxy(lab: &mut Lab, node: &NodeContext) -> Result<()> {
+    let kubeconfig = fs::read_to_string(lab.layout.dir.join("proxy.kubeconfig"))
+        .context("read the proxy's kubeconfig")?;
+    write_changed(
+        &node.dir.join("kubernetes/proxy.kubeconfig"),
+        &kubeconfig,
+        0o600,
+    )?;
+    let network = lab.layout.pod_network();
+    let pairs = [
+        ("kubeconfig", "/etc/kubernetes/proxy.kubeconfig"),
+        ("hostname-override", &node.name),
+        ("proxy-mode", "nftables"),
+        ("cluster-cidr", &network),
+        // The table of connections is the machine's, not the node's.
+        ("conntrack-max-per-core", "0"),
+        ("conntrack-min", "0"),
+    ];
+    let args = pairs
+        .iter()
+        .map(|(name, value)| format!("--{name}={value}"))
+        .collect();
+    let spec = ProcessSpec::new(lab.programs.join("kube-proxy"), args);
+    ensure_agent(lab, node, "kube-proxy", spec)
+}
+
 /// Copies a program into the node when it differs, whole or not at all: one that runs is replaced
 /// by name, never overwritten.
 ///

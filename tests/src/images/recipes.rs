@@ -69,7 +69,10 @@ const BUSYBOX_GROUP: &str =
 /// A program of the cache as an input: its directory is named by what it was built from, which
 /// saves hashing it.
 fn built<'a>(inputs: &'a mut Inputs, program: &Path) -> &'a mut Inputs {
-    let dir = program.parent().and_then(Path::file_name).unwrap_or_default();
+    let dir = program
+        .parent()
+        .and_then(Path::file_name)
+        .unwrap_or_default();
     inputs.word(&dir.to_string_lossy())
 }
 
