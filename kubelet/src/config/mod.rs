@@ -236,6 +236,10 @@ pub struct Config {
     pub images: ImageSettings,
     /// HTTPS API.
     pub server: ServerConfig,
+    /// Log lines are JSON objects.
+    pub log_json: bool,
+    /// How much is logged: 0…10, as klog's `-v`.
+    pub verbosity: u8,
     /// The effective KubeletConfiguration, for `/configz`.
     pub effective: serde_json::Value,
     /// What the start-up log should say once: fields without effect here, deprecated flags.

@@ -218,6 +218,10 @@ pub fn resolve(
         feature_gates: feature_gates(&kubelet),
         images,
         server,
+        log_json: kubelet.text("logging.format", "text") == "json",
+        verbosity: flags
+            .verbosity
+            .unwrap_or_else(|| kubelet.int("logging.verbosity", 0)),
         effective: Value::Null,
         notes,
     };
