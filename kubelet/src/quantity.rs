@@ -209,7 +209,11 @@ impl fmt::Display for Quantity {
                     units /= 1024;
                     step += 1;
                 }
-                write!(f, "{units}{}", ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"][step])
+                write!(
+                    f,
+                    "{units}{}",
+                    ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"][step]
+                )
             }
             Format::BinarySi | Format::DecimalSi => {
                 let (number, exponent) = self.decimal_parts();
@@ -406,7 +410,10 @@ mod tests {
             ("1.", "1"),
             ("12e-4", "1200e-6"),
             ("100000000000000000000", "9223372036854775807"),
-            ("99999999999999999999999999999999999999999Ei", "9223372036854775807"),
+            (
+                "99999999999999999999999999999999999999999Ei",
+                "9223372036854775807",
+            ),
         ] {
             assert_eq!(canonical(text), want, "{text}");
         }
@@ -426,7 +433,9 @@ mod tests {
 
     #[test]
     fn what_is_no_quantity_is_refused_by_name() {
-        for text in ["", "-", "Mi", "1.2.3", "1mi", "1 Gi", "1KB", "1e", "0x10", "é", "1é"] {
+        for text in [
+            "", "-", "Mi", "1.2.3", "1mi", "1 Gi", "1KB", "1e", "0x10", "é", "1é",
+        ] {
             let error = Quantity::parse(text).unwrap_err();
             assert!(error.to_string().contains(&format!("{text:?}")), "{text}");
         }

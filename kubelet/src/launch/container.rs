@@ -168,7 +168,10 @@ mod tests {
         let launch = config(&Inputs {
             pod: &pod,
             container: &pod.spec.as_ref().unwrap().containers[0],
-            context: &LaunchContext { memory_capacity: 1 << 30, ..LaunchContext::default() },
+            context: &LaunchContext {
+                memory_capacity: 1 << 30,
+                ..LaunchContext::default()
+            },
             volumes: &PodVolumes::default(),
             image: &image,
             pod_ips: &["10.0.0.2".parse().unwrap()],
@@ -182,7 +185,10 @@ mod tests {
         assert_eq!(config.image, "sha256:1");
         assert_eq!(config.log_path, "c/4.log");
         assert_eq!(config.annotations[ANNOTATION_RESTART_COUNT], "4");
-        assert_eq!(config.annotations[ANNOTATION_TERMINATION_PATH], "/dev/termination-log");
+        assert_eq!(
+            config.annotations[ANNOTATION_TERMINATION_PATH],
+            "/dev/termination-log"
+        );
         assert_eq!(config.resources.memory_limit_bytes, Some(64 << 20));
         assert_eq!(config.mounts.len(), 2);
         assert_eq!(launch.files.len(), 2);

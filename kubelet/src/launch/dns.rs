@@ -128,9 +128,13 @@ fn host_config(context: &LaunchContext) -> DnsConfig {
 }
 
 fn merge(config: &mut DnsConfig, own: &PodDNSConfig) {
-    config.servers.extend(own.nameservers.iter().flatten().cloned());
+    config
+        .servers
+        .extend(own.nameservers.iter().flatten().cloned());
     config.servers = distinct(std::mem::take(&mut config.servers));
-    config.searches.extend(own.searches.iter().flatten().cloned());
+    config
+        .searches
+        .extend(own.searches.iter().flatten().cloned());
     config.searches = distinct(std::mem::take(&mut config.searches));
     for option in own.options.iter().flatten() {
         let name = option.name.as_deref().unwrap_or_default();
@@ -188,31 +192,53 @@ mod tests {
     }
 
     fn text(config: &DnsConfig) -> String {
-        format!("{}|{}|{}", config.servers.join(" "), config.searches.join(" "), config.options.join(" "))
+        format!(
+            "{}|{}|{}",
+            config.servers.join(" "),
+            config.searches.join(" "),
+            config.options.join(" ")
+        )
     }
 
     fn of(spec: Value) -> String {
         text(&pod_dns(&pod(spec), &context()).config)
     }
 
-    const CLUSTER: &str = "10.96.0.10|ns.svc.cluster.local svc.cluster.local cluster.local lan|ndots:5";
+    const CLUSTER: &str =
+        "10.96.0.10|ns.svc.cluster.local svc.cluster.local cluster.local lan|ndots:5";
 
     #[test]
     fn the_policy_decides_where_settings_come_from() {
         let node = "1.1.1.1|lan|ndots:2 rotate";
         assert_eq!(of(json!({})), CLUSTER);
         assert_eq!(of(json!({"dnsPolicy": "ClusterFirst"})), CLUSTER);
-        assert_eq!(of(json!({"dnsPolicy": "ClusterFirst", "hostNetwork": true})), node);
-        assert_eq!(of(json!({"dnsPolicy": "ClusterFirstWithHostNet", "hostNetwork": true})), CLUSTER);
+        assert_eq!(
+            of(json!({"dnsPolicy": "ClusterFirst", "hostNetwork": true})),
+            node
+        );
+        assert_eq!(
+            of(json!({"dnsPolicy": "ClusterFirstWithHostNet", "hostNetwork": true})),
+            CLUSTER
+        );
         assert_eq!(of(json!({"dnsPolicy": "Default"})), node);
         let own = json!({"nameservers": ["9.9.9.9"], "searches": ["a"], "options": [{"name": "ndots", "value": "1"}, {"name": "debug"}]});
-        assert_eq!(of(json!({"dnsPolicy": "None", "dnsConfig": own})), "9.9.9.9|a|ndots:1 debug");
-        assert_eq!(of(json!({"dnsPolicy": "Default", "dnsConfig": own})), "1.1.1.1 9.9.9.9|lan a|ndots:1 rotate debug");
+        assert_eq!(
+            of(json!({"dnsPolicy": "None", "dnsConfig": own})),
+            "9.9.9.9|a|ndots:1 debug"
+        );
+        assert_eq!(
+            of(json!({"dnsPolicy": "Default", "dnsConfig": own})),
+            "1.1.1.1 9.9.9.9|lan a|ndots:1 rotate debug"
+        );
     }
 
     #[test]
     fn without_a_cluster_server_the_node_serves_and_the_pod_is_warned() {
-        let context = LaunchContext { cluster_dns: vec![], host_dns: None, ..context() };
+        let context = LaunchContext {
+            cluster_dns: vec![],
+            host_dns: None,
+            ..context()
+        };
         let got = pod_dns(&pod(json!({})), &context);
         assert_eq!(text(&got.config), "127.0.0.1|.|");
         assert_eq!(got.warnings[0].0, "MissingClusterDNS");
@@ -222,9 +248,13 @@ mod tests {
     fn more_than_resolvers_take_is_cut_and_told() {
         let many: Vec<String> = (0..40).map(|i| format!("d{i}")).collect();
         let servers = ["1.0.0.1", "1.0.0.2", "1.0.0.3", "1.0.0.4"];
-        let spec = json!({"dnsPolicy": "None", "dnsConfig": {"nameservers": servers, "searches": many}});
+        let spec =
+            json!({"dnsPolicy": "None", "dnsConfig": {"nameservers": servers, "searches": many}});
         let got = pod_dns(&pod(spec), &context());
-        assert_eq!((got.config.servers.len(), got.config.searches.len()), (3, 32));
+        assert_eq!(
+            (got.config.servers.len(), got.config.searches.len()),
+            (3, 32)
+        );
         assert_eq!(got.warnings.len(), 2);
         let long = vec!["x".repeat(254), "ok".to_owned()];
         let spec = json!({"dnsPolicy": "None", "dnsConfig": {"searches": long}});

@@ -92,11 +92,7 @@ pub fn environment(
         pod_ips,
     };
     let links = pod.spec.as_ref().and_then(|s| s.enable_service_links);
-    let services = service_env(
-        &objects.services,
-        pod_namespace(pod),
-        links.unwrap_or(true),
-    );
+    let services = service_env(&objects.services, pod_namespace(pod), links.unwrap_or(true));
     let mut variables = Variables {
         order: Vec::new(),
         values: BTreeMap::new(),
@@ -312,8 +308,15 @@ mod tests {
         .unwrap();
         assert_eq!(
             own(env),
-            ["P_color=blue", "P_size=9", "pw=s3cr3t", "A=blue/s3cr3t/$(LATER)/$(A)", "LATER=x",
-             "DBURL=10.0.0.7:5432", "EMPTY="]
+            [
+                "P_color=blue",
+                "P_size=9",
+                "pw=s3cr3t",
+                "A=blue/s3cr3t/$(LATER)/$(A)",
+                "LATER=x",
+                "DBURL=10.0.0.7:5432",
+                "EMPTY="
+            ]
         );
     }
 
@@ -323,7 +326,10 @@ mod tests {
         let hosts: Vec<_> = env.iter().filter(|(k, _)| k == "DB_SERVICE_HOST").collect();
         assert_eq!(hosts.len(), 1);
         assert_eq!(hosts[0].1, "mine");
-        assert!(env.iter().any(|(k, v)| k == "DB_SERVICE_PORT" && v == "5432"));
+        assert!(
+            env.iter()
+                .any(|(k, v)| k == "DB_SERVICE_PORT" && v == "5432")
+        );
     }
 
     #[test]
@@ -342,10 +348,22 @@ mod tests {
     #[test]
     fn what_is_missing_is_named_as_stock_names_it() {
         for (source, want) in [
-            (json!({"configMapKeyRef": {"name": "gone", "key": "k"}}), "configmap \"gone\" not found"),
-            (json!({"secretKeyRef": {"name": "gone", "key": "k"}}), "secret \"gone\" not found"),
-            (json!({"configMapKeyRef": {"name": "cm", "key": "k"}}), "couldn't find key k in ConfigMap ns/cm"),
-            (json!({"secretKeyRef": {"name": "s", "key": "k"}}), "couldn't find key k in Secret ns/s"),
+            (
+                json!({"configMapKeyRef": {"name": "gone", "key": "k"}}),
+                "configmap \"gone\" not found",
+            ),
+            (
+                json!({"secretKeyRef": {"name": "gone", "key": "k"}}),
+                "secret \"gone\" not found",
+            ),
+            (
+                json!({"configMapKeyRef": {"name": "cm", "key": "k"}}),
+                "couldn't find key k in ConfigMap ns/cm",
+            ),
+            (
+                json!({"secretKeyRef": {"name": "s", "key": "k"}}),
+                "couldn't find key k in Secret ns/s",
+            ),
         ] {
             let error = run(json!({"env": [{"name": "X", "valueFrom": source}]})).unwrap_err();
             assert_eq!(error.to_string(), want);

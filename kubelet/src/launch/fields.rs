@@ -192,7 +192,11 @@ pub fn resource_field_of_pod(
     let spec = pod.spec.as_ref();
     let container = spec
         .into_iter()
-        .flat_map(|s| s.containers.iter().chain(s.init_containers.iter().flatten()))
+        .flat_map(|s| {
+            s.containers
+                .iter()
+                .chain(s.init_containers.iter().flatten())
+        })
         .find(|c| c.name == name)
         .ok_or_else(|| format!("container {name} not found"))?;
     resource_field(selector, container, context)
@@ -233,7 +237,11 @@ mod tests {
             ("status.podIP", "10.1.0.2"),
             ("status.podIPs", "10.1.0.2,fd01::2"),
         ] {
-            assert_eq!(env_field(&pod, path, &context(), &ips).unwrap(), want, "{path}");
+            assert_eq!(
+                env_field(&pod, path, &context(), &ips).unwrap(),
+                want,
+                "{path}"
+            );
         }
         assert_eq!(
             env_field(&pod, "spec.foo", &context(), &ips).unwrap_err(),

@@ -165,7 +165,11 @@ mod tests {
     fn text_is_replaced_in_place_and_modes_hold() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/etc-hosts");
-        let plan = |content: &str| HostFile::Text { path: path.clone(), mode: 0o644, content: content.into() };
+        let plan = |content: &str| HostFile::Text {
+            path: path.clone(),
+            mode: 0o644,
+            content: content.into(),
+        };
         write(&[plan("one")]).unwrap();
         let before = std::fs::metadata(&path).unwrap();
         write(&[plan("two, longer")]).unwrap();
@@ -175,7 +179,11 @@ mod tests {
         let log = dir.path().join("c/0");
         std::fs::create_dir_all(log.parent().unwrap()).unwrap();
         std::fs::write(&log, "old").unwrap();
-        write(&[HostFile::Empty { path: log.clone(), mode: 0o666 }]).unwrap();
+        write(&[HostFile::Empty {
+            path: log.clone(),
+            mode: 0o666,
+        }])
+        .unwrap();
         let meta = std::fs::metadata(&log).unwrap();
         assert_eq!((meta.len(), meta.mode() & 0o7777), (0, 0o666));
     }
@@ -187,9 +195,15 @@ mod tests {
         std::fs::create_dir(&volume).unwrap();
         std::fs::create_dir(&outside).unwrap();
         std::fs::set_permissions(&volume, std::fs::Permissions::from_mode(0o2777)).unwrap();
-        let sub = |sub_path: &str| HostFile::SubPath { volume: volume.clone(), sub_path: sub_path.into() };
+        let sub = |sub_path: &str| HostFile::SubPath {
+            volume: volume.clone(),
+            sub_path: sub_path.into(),
+        };
         write(&[sub("a/b"), sub("a/b")]).unwrap();
-        assert_eq!(std::fs::metadata(volume.join("a/b")).unwrap().mode() & 0o7777, 0o2777);
+        assert_eq!(
+            std::fs::metadata(volume.join("a/b")).unwrap().mode() & 0o7777,
+            0o2777
+        );
         std::os::unix::fs::symlink(&outside, volume.join("link")).unwrap();
         std::os::unix::fs::symlink("../../../..", volume.join("up")).unwrap();
         let _ = write(&[sub("link/x")]);

@@ -25,8 +25,17 @@ mod tests {
             tty: Some(tty),
             ..Container::default()
         };
-        assert_eq!(container_hash(&c("a", "b", true)), container_hash(&c("a", "b", false)));
-        assert_ne!(container_hash(&c("a", "b", true)), container_hash(&c("a", "c", true)));
-        assert_ne!(container_hash(&c("ab", "c", true)), container_hash(&c("a", "bc", true)));
+        assert_eq!(
+            container_hash(&c("a", "b", true)),
+            container_hash(&c("a", "b", false))
+        );
+        assert_ne!(
+            container_hash(&c("a", "b", true)),
+            container_hash(&c("a", "c", true))
+        );
+        assert_ne!(
+            container_hash(&c("ab", "c", true)),
+            container_hash(&c("a", "bc", true))
+        );
     }
 }

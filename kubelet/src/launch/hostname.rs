@@ -104,7 +104,10 @@ mod tests {
     use serde_json::{Value, json};
 
     fn of(spec: Value) -> Result<(String, String), LaunchError> {
-        let context = LaunchContext { cluster_domain: "cluster.local".into(), ..LaunchContext::default() };
+        let context = LaunchContext {
+            cluster_domain: "cluster.local".into(),
+            ..LaunchContext::default()
+        };
         hostname_and_domain(&pod(spec), &context)
     }
 
@@ -130,7 +133,12 @@ mod tests {
         assert_eq!(kernel_name(&full, "h", "d").unwrap(), "h.d");
         assert_eq!(kernel_name(&full, "h", "").unwrap(), "h");
         assert_eq!(kernel_name(&pod(json!({})), "h", "d").unwrap(), "h");
-        let error = kernel_name(&full, "h", &"d".repeat(70)).unwrap_err().to_string();
-        assert!(error.contains("(64 characters is the max, 72 characters requested)"), "{error}");
+        let error = kernel_name(&full, "h", &"d".repeat(70))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("(64 characters is the max, 72 characters requested)"),
+            "{error}"
+        );
     }
 }

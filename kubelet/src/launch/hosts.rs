@@ -70,7 +70,10 @@ mod tests {
 
     #[test]
     fn a_pod_finds_itself_and_its_aliases() {
-        let context = LaunchContext { cluster_domain: "cluster.local".into(), ..LaunchContext::default() };
+        let context = LaunchContext {
+            cluster_domain: "cluster.local".into(),
+            ..LaunchContext::default()
+        };
         let aliases = json!([{"ip": "1.2.3.4", "hostnames": ["a", "b"]}]);
         let pod = pod(json!({"subdomain": "s", "hostAliases": aliases}));
         let text = hosts_file(&pod, &context, &["10.0.0.2".parse().unwrap()]).unwrap();
@@ -81,9 +84,15 @@ mod tests {
 
     #[test]
     fn the_nodes_network_shows_the_nodes_file() {
-        let context = LaunchContext { host_hosts: "127.0.0.1 node\n".into(), ..LaunchContext::default() };
+        let context = LaunchContext {
+            host_hosts: "127.0.0.1 node\n".into(),
+            ..LaunchContext::default()
+        };
         let pod = pod(json!({"hostNetwork": true}));
         let text = hosts_file(&pod, &context, &[]).unwrap();
-        assert_eq!(text, "# Kubernetes-managed hosts file (host network).\n127.0.0.1 node\n");
+        assert_eq!(
+            text,
+            "# Kubernetes-managed hosts file (host network).\n127.0.0.1 node\n"
+        );
     }
 }

@@ -115,13 +115,13 @@ fn volume_mount(
         ))
     })?;
     let sub_path = sub_path(mount, env)?;
-    if let Some(sub_path) = &sub_path {
-        if !volume.readonly {
-            plan.files.push(HostFile::SubPath {
-                volume: volume.path.clone(),
-                sub_path: sub_path.clone(),
-            });
-        }
+    if let Some(sub_path) = &sub_path
+        && !volume.readonly
+    {
+        plan.files.push(HostFile::SubPath {
+            volume: volume.path.clone(),
+            sub_path: sub_path.clone(),
+        });
     }
     plan.mounts.push(Mount {
         container_path: absolute(&mount.mount_path),
@@ -146,7 +146,10 @@ fn sub_path(mount: &VolumeMount, env: &[(String, String)]) -> Result<Option<Stri
             "error SubPath `{path}` must not be an absolute path"
         )));
     }
-    if Path::new(&path).components().any(|c| c == Component::ParentDir) {
+    if Path::new(&path)
+        .components()
+        .any(|c| c == Component::ParentDir)
+    {
         return Err(LaunchError::Config(format!(
             "unable to provision SubPath `{path}`: must not contain '..'"
         )));
@@ -200,12 +203,22 @@ mod tests {
         let mut volumes = PodVolumes::default();
         for (name, readonly) in [("data", false), ("cfg", true)] {
             let path = PathBuf::from(format!("/v/{name}"));
-            volumes.by_name.insert(name.into(), HostVolume { path, readonly });
+            volumes
+                .by_name
+                .insert(name.into(), HostVolume { path, readonly });
         }
         let env = [("NAME".to_owned(), "x".to_owned())];
         let container = &pod.spec.as_ref().unwrap().containers[0];
         let ips = ["10.0.0.2".parse().unwrap()];
-        plan(&pod, container, &LaunchContext::default(), &volumes, &env, &ips, 3)
+        plan(
+            &pod,
+            container,
+            &LaunchContext::default(),
+            &volumes,
+            &env,
+            &ips,
+            3,
+        )
     }
 
     #[test]
@@ -215,32 +228,63 @@ mod tests {
             {"name": "cfg", "mountPath": "cfg", "subPath": "key"},
         ]))
         .unwrap();
-        let paths: Vec<_> = plan.mounts.iter().map(|m| m.container_path.as_str()).collect();
+        let paths: Vec<_> = plan
+            .mounts
+            .iter()
+            .map(|m| m.container_path.as_str())
+            .collect();
         assert_eq!(paths, ["/d", "/cfg", "/etc/hosts", "/dev/termination-log"]);
         assert_eq!(plan.mounts[0].sub_path.as_deref(), Some("a/x"));
         assert!(!plan.mounts[0].readonly && plan.mounts[1].readonly);
         assert_eq!(plan.mounts[0].propagation, Propagation::HostToContainer);
-        assert_eq!(plan.mounts[2].host_path, Path::new("/var/lib/kubelet/pods/u1/etc-hosts"));
+        assert_eq!(
+            plan.mounts[2].host_path,
+            Path::new("/var/lib/kubelet/pods/u1/etc-hosts")
+        );
         // A missing subPath is made in a writable volume only.
-        let made = plan.files.iter().filter(|f| matches!(f, HostFile::SubPath { .. })).count();
+        let made = plan
+            .files
+            .iter()
+            .filter(|f| matches!(f, HostFile::SubPath { .. }))
+            .count();
         assert_eq!(made, 1);
     }
 
     #[test]
     fn an_own_hosts_file_is_left_alone() {
-        let plan = of(json!([{"name": "data", "mountPath": "/etc/hosts", "subPath": "hosts"}])).unwrap();
-        let hosts = plan.mounts.iter().filter(|m| m.container_path == HOSTS).count();
+        let plan =
+            of(json!([{"name": "data", "mountPath": "/etc/hosts", "subPath": "hosts"}])).unwrap();
+        let hosts = plan
+            .mounts
+            .iter()
+            .filter(|m| m.container_path == HOSTS)
+            .count();
         assert_eq!(hosts, 1);
     }
 
     #[test]
     fn impossible_mounts_are_refused_by_name() {
         for (mount, want) in [
-            (json!({"name": "none", "mountPath": "/x"}), "cannot find volume \"none\" to mount into container \"c\""),
-            (json!({"name": "data", "mountPath": "/x", "subPath": "/a"}), "error SubPath `/a` must not be an absolute path"),
-            (json!({"name": "data", "mountPath": "/x", "subPath": "a/../b"}), "unable to provision SubPath `a/../b`: must not contain '..'"),
-            (json!({"name": "data", "mountPath": "/x", "subPathExpr": "$(NO)"}), "missing value for NO"),
-            (json!({"name": "data", "mountPath": "/x", "recursiveReadOnly": "Enabled"}), "failed to resolve recursive read-only mode: volume \"data\" requested recursive read-only mode, but it is not read-only"),
+            (
+                json!({"name": "none", "mountPath": "/x"}),
+                "cannot find volume \"none\" to mount into container \"c\"",
+            ),
+            (
+                json!({"name": "data", "mountPath": "/x", "subPath": "/a"}),
+                "error SubPath `/a` must not be an absolute path",
+            ),
+            (
+                json!({"name": "data", "mountPath": "/x", "subPath": "a/../b"}),
+                "unable to provision SubPath `a/../b`: must not contain '..'",
+            ),
+            (
+                json!({"name": "data", "mountPath": "/x", "subPathExpr": "$(NO)"}),
+                "missing value for NO",
+            ),
+            (
+                json!({"name": "data", "mountPath": "/x", "recursiveReadOnly": "Enabled"}),
+                "failed to resolve recursive read-only mode: volume \"data\" requested recursive read-only mode, but it is not read-only",
+            ),
         ] {
             assert_eq!(of(json!([mount])).unwrap_err().to_string(), want);
         }

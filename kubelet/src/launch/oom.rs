@@ -18,7 +18,12 @@ fn memory(list: Option<&BTreeMap<String, ApiQuantity>>) -> Result<i64, LaunchErr
 }
 
 fn request(container: &Container) -> Result<i64, LaunchError> {
-    memory(container.resources.as_ref().and_then(|r| r.requests.as_ref()))
+    memory(
+        container
+            .resources
+            .as_ref()
+            .and_then(|r| r.requests.as_ref()),
+    )
 }
 
 /// The adjustment for `container` on a machine with `capacity` bytes of memory: −997 for
@@ -76,7 +81,11 @@ fn burstable(pod: &Pod, container: &Container, capacity: i64) -> Result<i64, Lau
         1000 - i64::try_from(part).unwrap_or(i64::MAX)
     };
     let mut adjust = for_request(request(container)?.saturating_add(shared));
-    let is_init = spec.init_containers.iter().flatten().any(|c| c.name == container.name);
+    let is_init = spec
+        .init_containers
+        .iter()
+        .flatten()
+        .any(|c| c.name == container.name);
     if is_init && sidecar(container) {
         // A sidecar shall not die before the containers it serves.
         let mut least = i64::MAX;
@@ -116,7 +125,10 @@ mod tests {
         let both = json!({"cpu": "1", "memory": "1Gi"});
         let guaranteed = json!({"name": "c", "resources": {"requests": both, "limits": both}});
         assert_eq!(of(json!({"containers": [guaranteed]})), -997);
-        assert_eq!(of(json!({"priority": 2_000_001_000, "priorityClassName": "system-node-critical"})), -997);
+        assert_eq!(
+            of(json!({"priority": 2_000_001_000, "priorityClassName": "system-node-critical"})),
+            -997
+        );
         assert_eq!(of(json!({"priority": 2_000_001_000})), 1000);
         // 400 Mi for the pod, 100 of them claimed: 300 are shared by two containers.
         let spec = json!({"containers": [c("100Mi"), {"name": "d"}], "resources": {"requests": {"memory": "400Mi"}}});

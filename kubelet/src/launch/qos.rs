@@ -80,7 +80,11 @@ pub fn class(pod: &Pod) -> QosClass {
             all_limited = both;
         }
     } else {
-        for container in spec.containers.iter().chain(spec.init_containers.iter().flatten()) {
+        for container in spec
+            .containers
+            .iter()
+            .chain(spec.init_containers.iter().flatten())
+        {
             all_limited &= add(container.resources.as_ref());
         }
     }
@@ -135,9 +139,8 @@ fn limit(
     cpu: bool,
     memory: bool,
 ) {
-    let of = |list: &BTreeMap<String, Quantity>, name| {
-        list.get(name).copied().unwrap_or(Quantity::ZERO)
-    };
+    let of =
+        |list: &BTreeMap<String, Quantity>, name| list.get(name).copied().unwrap_or(Quantity::ZERO);
     resources.cpu_shares = Some(cpu_shares(of(&totals.requests, "cpu").milli_value()));
     if cpu {
         let milli = of(&totals.limits, "cpu").milli_value();
@@ -206,13 +209,33 @@ mod tests {
         let cases = [
             (vec![json!({"name": "c"})], vec![], QosClass::BestEffort),
             (vec![full.clone()], vec![], QosClass::Guaranteed),
-            (vec![full.clone(), full.clone()], vec![full.clone()], QosClass::Guaranteed),
-            (vec![full.clone(), json!({"name": "d"})], vec![], QosClass::Burstable),
+            (
+                vec![full.clone(), full.clone()],
+                vec![full.clone()],
+                QosClass::Guaranteed,
+            ),
+            (
+                vec![full.clone(), json!({"name": "d"})],
+                vec![],
+                QosClass::Burstable,
+            ),
             (vec![full.clone()], vec![half.clone()], QosClass::Burstable),
             (vec![half], vec![], QosClass::Burstable),
-            (vec![resources(json!({}), both)], vec![], QosClass::Burstable),
-            (vec![resources(json!({"cpu": "0"}), json!({}))], vec![], QosClass::BestEffort),
-            (vec![resources(json!({"nvidia.com/gpu": "1"}), json!({}))], vec![], QosClass::BestEffort),
+            (
+                vec![resources(json!({}), both)],
+                vec![],
+                QosClass::Burstable,
+            ),
+            (
+                vec![resources(json!({"cpu": "0"}), json!({}))],
+                vec![],
+                QosClass::BestEffort,
+            ),
+            (
+                vec![resources(json!({"nvidia.com/gpu": "1"}), json!({}))],
+                vec![],
+                QosClass::BestEffort,
+            ),
         ];
         for (containers, init, want) in cases {
             let pod = pod(json!({"containers": containers, "initContainers": init}));
@@ -229,7 +252,10 @@ mod tests {
 
     #[test]
     fn pod_cgroups_carry_the_uid_below_their_class() {
-        let context = LaunchContext { kubepods: "/lab/kubepods".into(), ..LaunchContext::default() };
+        let context = LaunchContext {
+            kubepods: "/lab/kubepods".into(),
+            ..LaunchContext::default()
+        };
         let path = |spec| pod_cgroup(&pod(spec), &context);
         assert_eq!(path(json!({})), "/lab/kubepods/besteffort/podu1");
         let burstable = json!({"containers": [resources(json!({"cpu": "1"}), json!({}))]});
@@ -241,17 +267,30 @@ mod tests {
 
     #[test]
     fn a_pod_is_limited_only_when_every_container_is() {
-        let context = LaunchContext { pod_pids_limit: Some(100), ..LaunchContext::default() };
-        let limited = resources(json!({"cpu": "250m"}), json!({"cpu": "500m", "memory": "64Mi"}));
+        let context = LaunchContext {
+            pod_pids_limit: Some(100),
+            ..LaunchContext::default()
+        };
+        let limited = resources(
+            json!({"cpu": "250m"}),
+            json!({"cpu": "500m", "memory": "64Mi"}),
+        );
         let open = resources(json!({"cpu": "250m"}), json!({"memory": "64Mi"}));
-        let of = |containers| pod_resources(&pod(json!({"containers": containers})), &context).unwrap();
+        let of =
+            |containers| pod_resources(&pod(json!({"containers": containers})), &context).unwrap();
         let all = of(json!([limited, limited]));
         assert_eq!(all.cpu_shares, Some(512));
-        assert_eq!((all.cpu_quota_us, all.cpu_period_us), (Some(100_000), Some(100_000)));
+        assert_eq!(
+            (all.cpu_quota_us, all.cpu_period_us),
+            (Some(100_000), Some(100_000))
+        );
         assert_eq!(all.memory_limit_bytes, Some(128 << 20));
         assert_eq!(all.pids_limit, Some(100));
         let some = of(json!([limited, open]));
-        assert_eq!((some.cpu_quota_us, some.memory_limit_bytes), (None, Some(128 << 20)));
+        assert_eq!(
+            (some.cpu_quota_us, some.memory_limit_bytes),
+            (None, Some(128 << 20))
+        );
         let none = of(json!([{"name": "c"}]));
         assert_eq!((none.cpu_shares, none.memory_limit_bytes), (Some(2), None));
     }
@@ -261,12 +300,22 @@ mod tests {
         let context = LaunchContext::default();
         let burstable = pod(json!({"containers": [resources(json!({"cpu": "500m"}), json!({}))]}));
         let idle = pod(json!({}));
-        let tree = tree(&context, node_resources(2000, 1 << 30, None), [&burstable, &burstable, &idle]);
-        let shares: Vec<_> = tree.iter().map(|(p, r)| (p.as_str(), r.cpu_shares)).collect();
-        assert_eq!(shares, [
-            ("/kubepods", Some(2048)),
-            ("/kubepods/burstable", Some(1024)),
-            ("/kubepods/besteffort", Some(2)),
-        ]);
+        let tree = tree(
+            &context,
+            node_resources(2000, 1 << 30, None),
+            [&burstable, &burstable, &idle],
+        );
+        let shares: Vec<_> = tree
+            .iter()
+            .map(|(p, r)| (p.as_str(), r.cpu_shares))
+            .collect();
+        assert_eq!(
+            shares,
+            [
+                ("/kubepods", Some(2048)),
+                ("/kubepods/burstable", Some(1024)),
+                ("/kubepods/besteffort", Some(2)),
+            ]
+        );
     }
 }

@@ -225,7 +225,13 @@ mod tests {
 
     #[test]
     fn shares_and_quota_have_their_floors_and_ceilings() {
-        for (milli, want) in [(0, 2), (1, 2), (100, 102), (1000, 1024), (i64::MAX, 262_144)] {
+        for (milli, want) in [
+            (0, 2),
+            (1, 2),
+            (100, 102),
+            (1000, 1024),
+            (i64::MAX, 262_144),
+        ] {
             assert_eq!(cpu_shares(milli), want, "{milli}");
         }
         let context = LaunchContext::default();
@@ -245,11 +251,15 @@ mod tests {
             "containers": [{"name": "c", "resources": {"limits": {"cpu": "200m", "hugepages-2Mi": "4Mi"}}}],
             "resources": {"limits": {"memory": "1Gi", "cpu": "1"}},
         }));
-        let got = container_resources(&pod, &pod.spec.as_ref().unwrap().containers[0], &context).unwrap();
+        let got =
+            container_resources(&pod, &pod.spec.as_ref().unwrap().containers[0], &context).unwrap();
         assert_eq!(got.cpu_shares, Some(204));
         assert_eq!(got.cpu_quota_us, Some(20_000));
         assert_eq!(got.memory_limit_bytes, Some(1 << 30));
-        assert_eq!(got.hugepage_limits, [("2MB".to_owned(), 4 << 20), ("1GB".to_owned(), 0)].into());
+        assert_eq!(
+            got.hugepage_limits,
+            [("2MB".to_owned(), 4 << 20), ("1GB".to_owned(), 0)].into()
+        );
         assert_eq!(got.unified["memory.oom.group"], "1");
     }
 

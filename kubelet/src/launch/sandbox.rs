@@ -111,13 +111,32 @@ mod tests {
         let context = LaunchContext::default();
         let plain = config(&pod(json!({})), &context, 2).unwrap();
         assert_eq!((plain.hostname.as_str(), plain.attempt), ("p", 2));
-        assert_eq!((&plain.network, &plain.pid, &plain.ipc), (&NamespaceMode::Pod, &NamespaceMode::Container, &NamespaceMode::Pod));
+        assert_eq!(
+            (&plain.network, &plain.pid, &plain.ipc),
+            (
+                &NamespaceMode::Pod,
+                &NamespaceMode::Container,
+                &NamespaceMode::Pod
+            )
+        );
         assert_eq!(plain.log_directory.to_str(), Some("/var/log/pods/ns_p_u1"));
         assert_eq!(plain.labels[LABEL_POD_UID], "u1");
         assert_eq!(plain.labels["app"], "web");
-        let node = config(&pod(json!({"hostNetwork": true, "hostPID": true, "hostIPC": true})), &context, 0).unwrap();
+        let node = config(
+            &pod(json!({"hostNetwork": true, "hostPID": true, "hostIPC": true})),
+            &context,
+            0,
+        )
+        .unwrap();
         assert_eq!(node.hostname, "");
-        assert_eq!((&node.network, &node.pid, &node.ipc), (&NamespaceMode::Node, &NamespaceMode::Node, &NamespaceMode::Node));
+        assert_eq!(
+            (&node.network, &node.pid, &node.ipc),
+            (
+                &NamespaceMode::Node,
+                &NamespaceMode::Node,
+                &NamespaceMode::Node
+            )
+        );
         let shared = config(&pod(json!({"shareProcessNamespace": true})), &context, 0).unwrap();
         assert_eq!(shared.pid, NamespaceMode::Pod);
     }
@@ -133,7 +152,11 @@ mod tests {
             "securityContext": {"sysctls": [{"name": "kernel.shm_rmid_forced", "value": "1"}]},
         });
         let config = config(&pod(spec), &LaunchContext::default(), 0).unwrap();
-        let ports: Vec<_> = config.port_mappings.iter().map(|p| (p.protocol.as_str(), p.host_port)).collect();
+        let ports: Vec<_> = config
+            .port_mappings
+            .iter()
+            .map(|p| (p.protocol.as_str(), p.host_port))
+            .collect();
         assert_eq!(ports, [("tcp", 8080), ("udp", 53)]);
         assert_eq!(config.sysctls["kernel.shm_rmid_forced"], "1");
     }

@@ -211,7 +211,10 @@ mod tests {
 
     #[test]
     fn privileged_and_unmasked_hide_nothing() {
-        for own in [json!({"privileged": true}), json!({"procMount": "Unmasked"})] {
+        for own in [
+            json!({"privileged": true}),
+            json!({"procMount": "Unmasked"}),
+        ] {
             let got = of(json!({}), own, "").unwrap();
             assert!(got.masked_paths.is_empty() && got.readonly_paths.is_empty());
         }
@@ -228,18 +231,40 @@ mod tests {
         let want = SeccompProfile::Localhost("/var/lib/kubelet/seccomp/a/b.json".into());
         assert_eq!(of(json!({}), own, "").unwrap().seccomp, want);
         assert!(of(json!({}), profile("Localhost"), "").is_err());
-        let context = LaunchContext { seccomp_default: true, ..LaunchContext::default() };
-        assert_eq!(seccomp(None, &context).unwrap(), SeccompProfile::RuntimeDefault);
+        let context = LaunchContext {
+            seccomp_default: true,
+            ..LaunchContext::default()
+        };
+        assert_eq!(
+            seccomp(None, &context).unwrap(),
+            SeccompProfile::RuntimeDefault
+        );
     }
 
     #[test]
     fn non_root_is_verified_with_stocks_words() {
         let non_root = json!({"runAsNonRoot": true});
         for (pod_context, user, want) in [
-            (json!({}), "", "container has runAsNonRoot and image will run as root (pod: \"p_ns(u1)\", container: c)"),
-            (json!({}), "0:5", "container has runAsNonRoot and image will run as root (pod: \"p_ns(u1)\", container: c)"),
-            (json!({}), "www", "container has runAsNonRoot and image has non-numeric user (www), cannot verify user is non-root (pod: \"p_ns(u1)\", container: c)"),
-            (json!({"runAsUser": 0}), "5", "container's runAsUser breaks non-root policy (pod: \"p_ns(u1)\", container: c)"),
+            (
+                json!({}),
+                "",
+                "container has runAsNonRoot and image will run as root (pod: \"p_ns(u1)\", container: c)",
+            ),
+            (
+                json!({}),
+                "0:5",
+                "container has runAsNonRoot and image will run as root (pod: \"p_ns(u1)\", container: c)",
+            ),
+            (
+                json!({}),
+                "www",
+                "container has runAsNonRoot and image has non-numeric user (www), cannot verify user is non-root (pod: \"p_ns(u1)\", container: c)",
+            ),
+            (
+                json!({"runAsUser": 0}),
+                "5",
+                "container's runAsUser breaks non-root policy (pod: \"p_ns(u1)\", container: c)",
+            ),
         ] {
             let error = of(pod_context, non_root.clone(), user).unwrap_err();
             assert_eq!(error.to_string(), want);

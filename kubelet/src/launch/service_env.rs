@@ -123,14 +123,24 @@ mod tests {
         let linked = service_env(&all, "ns", true);
         assert!(linked.contains_key("KUBERNETES_SERVICE_HOST"));
         assert_eq!(linked["MINE_PORT"], "tcp://[fd00::5]:80");
-        assert!(!linked.keys().any(|k| k.starts_with("OTHER") || k.starts_with("HEADLESS")));
+        assert!(
+            !linked
+                .keys()
+                .any(|k| k.starts_with("OTHER") || k.starts_with("HEADLESS"))
+        );
         let unlinked = service_env(&all, "ns", false);
         assert!(unlinked.keys().all(|k| k.starts_with("KUBERNETES_")));
     }
 
     #[test]
     fn a_kubernetes_service_of_the_own_namespace_wins() {
-        let all = [service("ns", "kubernetes", "1.1.1.1"), service("default", "kubernetes", "2.2.2.2")];
-        assert_eq!(service_env(&all, "ns", true)["KUBERNETES_SERVICE_HOST"], "1.1.1.1");
+        let all = [
+            service("ns", "kubernetes", "1.1.1.1"),
+            service("default", "kubernetes", "2.2.2.2"),
+        ];
+        assert_eq!(
+            service_env(&all, "ns", true)["KUBERNETES_SERVICE_HOST"],
+            "1.1.1.1"
+        );
     }
 }

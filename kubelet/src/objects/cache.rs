@@ -59,9 +59,12 @@ struct Entry<K> {
     task: Mutex<Option<AbortHandle>>,
 }
 
+/// By namespace and name.
+type Entries<K> = HashMap<(String, String), Arc<Entry<K>>>;
+
 pub(super) struct Cache<K> {
     client: Client,
-    entries: Mutex<HashMap<(String, String), Arc<Entry<K>>>>,
+    entries: Mutex<Entries<K>>,
     changes: broadcast::Sender<ObjectChange>,
 }
 

@@ -12,6 +12,8 @@
 mod cache;
 mod services;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 
 pub(crate) use cache::{api_message, with_forbidden_retries};

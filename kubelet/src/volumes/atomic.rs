@@ -25,12 +25,12 @@ const DATA_NEW: &str = "..data_tmp";
 /// # Errors
 /// Names the path the kernel refused.
 pub(crate) fn write(volume: &Path, files: &Payload, group: Option<u32>) -> io::Result<bool> {
-    let fresh = ensure_volume(volume, group)?;
-    let old = current(volume);
-    if !fresh && let Some(old) = &old {
-        if same(&volume.join(old), files) && links_stand(volume, files) {
+    match current(volume) {
+        Some(old) if same(&volume.join(&old), files) && links_stand(volume, files) => {
             return Ok(false);
         }
+        Some(_) => {}
+        None => ensure_volume(volume, group)?,
     }
     let name = timestamp();
     let dir = volume.join(&name);
@@ -51,18 +51,14 @@ fn at(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
-/// Makes the volume's directory. True when it was not there.
-fn ensure_volume(volume: &Path, group: Option<u32>) -> io::Result<bool> {
-    if volume.is_dir() {
-        return Ok(false);
-    }
+/// Makes the volume's directory, owned and open as it shall be.
+fn ensure_volume(volume: &Path, group: Option<u32>) -> io::Result<()> {
     if let Some(parent) = volume.parent() {
         let mut builder = std::fs::DirBuilder::new();
         let made = builder.recursive(true).mode(0o750).create(parent);
         made.map_err(|e| at(parent, &e))?;
     }
-    make_dir(volume, group)?;
-    Ok(true)
+    make_dir(volume, group)
 }
 
 fn make_dir(path: &Path, group: Option<u32>) -> io::Result<()> {
@@ -207,4 +203,124 @@ fn timestamp() -> OsString {
     let now = jiff::Timestamp::now();
     let nanos = now.subsec_nanosecond();
     format!("..{}.{nanos:09}", now.strftime("%Y_%m_%d_%H_%M_%S")).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::payload::File;
+    use super::*;
+    use proptest::prelude::*;
+
+    fn files(list: &[(String, u8)]) -> Payload {
+        let file = |n: u8| File {
+            data: vec![n; n.into()],
+            mode: 0o640,
+            user: None,
+        };
+        list.iter()
+            .map(|(path, n)| (PathBuf::from(path), file(*n)))
+            .collect()
+    }
+
+    /// What a reader of the volume sees, through the names users use.
+    fn view(volume: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+        fn walk(root: &Path, dir: &Path, out: &mut Vec<(PathBuf, Vec<u8>)>) {
+            for entry in std::fs::read_dir(dir).unwrap().flatten() {
+                if entry.file_name().to_string_lossy().starts_with("..") {
+                    continue;
+                }
+                let path = entry.path();
+                if path.is_dir() {
+                    walk(root, &path, out);
+                } else {
+                    out.push((
+                        path.strip_prefix(root).unwrap().to_owned(),
+                        std::fs::read(&path).unwrap(),
+                    ));
+                }
+            }
+        }
+        let mut out = Vec::new();
+        walk(volume, volume, &mut out);
+        out.sort();
+        out
+    }
+
+    fn stamped(volume: &Path) -> usize {
+        let names = std::fs::read_dir(volume).unwrap().flatten();
+        names
+            .filter(|e| e.file_name().to_string_lossy().starts_with("..20"))
+            .count()
+    }
+
+    #[test]
+    fn the_layout_is_the_one_users_know_and_sameness_writes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = dir.path().join("v");
+        let one = files(&[("a".into(), 1), ("d/b".into(), 2)]);
+        assert!(write(&volume, &one, None).unwrap());
+        assert!(!write(&volume, &one, None).unwrap());
+        assert_eq!(
+            std::fs::read_link(volume.join("a")).unwrap(),
+            Path::new("..data/a")
+        );
+        assert_eq!(
+            std::fs::read_link(volume.join("d")).unwrap(),
+            Path::new("..data/d")
+        );
+        let target = std::fs::read_link(volume.join("..data")).unwrap();
+        let name = target.to_str().unwrap();
+        assert!(
+            name.starts_with("..20") && name.len() == "..2026_11_21_13_20_05.123456789".len(),
+            "{name}"
+        );
+        assert_eq!(
+            std::fs::metadata(volume.join("a"))
+                .unwrap()
+                .permissions()
+                .mode()
+                & 0o7777,
+            0o640
+        );
+    }
+
+    #[test]
+    fn a_nested_mount_point_survives_updates() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = dir.path().join("v");
+        write(&volume, &files(&[("a".into(), 1)]), None).unwrap();
+        std::fs::create_dir(volume.join("nested")).unwrap();
+        write(&volume, &files(&[("b".into(), 1)]), None).unwrap();
+        assert!(volume.join("nested").is_dir() && !volume.join("a").exists());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn readers_see_exactly_the_last_payload_whatever_a_kill_left(
+            steps in prop::collection::vec(
+                (prop::collection::vec(("[a-c](/[d-e])?", 0_u8..9), 0..5), 0_u8..4), 1..6),
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let volume = dir.path().join("v");
+            for (list, debris) in steps {
+                // A path that is both file and directory is refused before the writer.
+                let list: Vec<_> = list.iter()
+                    .filter(|(p, _)| !list.iter().any(|(q, _)| q != p && (Path::new(q).starts_with(p) || Path::new(p).starts_with(q))))
+                    .cloned().collect();
+                let wanted = files(&list);
+                write(&volume, &wanted, None).unwrap();
+                let want: Vec<_> = wanted.iter().map(|(p, f)| (p.clone(), f.data.clone())).collect();
+                prop_assert_eq!(view(&volume), want);
+                prop_assert!(stamped(&volume) <= 2);
+                match debris {
+                    0 => { std::fs::create_dir_all(volume.join("..2020_01_01_00_00_00.000000000/x")).unwrap(); }
+                    1 => { let _ = std::os::unix::fs::symlink("..nowhere", volume.join(DATA_NEW)); }
+                    2 => { let _ = std::fs::remove_file(volume.join("a")); }
+                    _ => {}
+                }
+            }
+        }
+    }
 }

@@ -12,7 +12,7 @@ use std::path::Path;
 pub(crate) fn prepare(path: &Path, kind: HostPathKind) -> Result<(), String> {
     let found = std::fs::metadata(path);
     let missing = matches!(&found, Err(e) if e.kind() == io::ErrorKind::NotFound);
-    let made = match kind {
+    match kind {
         // A source that is missing becomes a directory, as container runtimes do it.
         HostPathKind::Any | HostPathKind::DirectoryOrCreate if missing => {
             linux::fs::create_dirs(path, 0o755).map_err(|e| e.to_string())
@@ -54,8 +54,7 @@ pub(crate) fn prepare(path: &Path, kind: HostPathKind) -> Result<(), String> {
                 ))
             }
         }
-    };
-    made
+    }
 }
 
 #[cfg(test)]
@@ -65,7 +64,11 @@ mod tests {
     #[test]
     fn types_are_checked_and_made_as_stock_does() {
         let dir = tempfile::tempdir().unwrap();
-        let (d, f, s) = (dir.path().join("d/e"), dir.path().join("f"), dir.path().join("s"));
+        let (d, f, s) = (
+            dir.path().join("d/e"),
+            dir.path().join("f"),
+            dir.path().join("s"),
+        );
         let none = dir.path().join("none");
         let _listener = std::os::unix::net::UnixListener::bind(&s).unwrap();
         for (path, kind, want) in [
@@ -80,12 +83,21 @@ mod tests {
             (&s, HostPathKind::Socket, None),
             (&f, HostPathKind::Socket, Some("socket file")),
             (&s, HostPathKind::BlockDevice, Some("block device")),
-            (&Path::new("/dev/null").to_owned(), HostPathKind::CharDevice, None),
+            (
+                &Path::new("/dev/null").to_owned(),
+                HostPathKind::CharDevice,
+                None,
+            ),
             (&f, HostPathKind::CharDevice, Some("character device")),
             (&none, HostPathKind::Any, None),
             (&none, HostPathKind::Directory, None),
         ] {
-            let want = want.map(|w| format!("hostPath type check failed: {} is not a {w}", path.display()));
+            let want = want.map(|w| {
+                format!(
+                    "hostPath type check failed: {} is not a {w}",
+                    path.display()
+                )
+            });
             assert_eq!(prepare(path, kind).err(), want, "{kind:?}");
         }
     }

@@ -84,7 +84,10 @@ fn concerned(inner: &Inner, change: Option<&ObjectChange>) -> Vec<Arc<PodState>>
             })
     };
     let pods = lock(&inner.pods);
-    pods.values().filter(|state| shows(state)).cloned().collect()
+    pods.values()
+        .filter(|state| shows(state))
+        .cloned()
+        .collect()
 }
 
 async fn rewrite(inner: &Inner, state: &PodState) {

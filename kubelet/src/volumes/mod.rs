@@ -40,6 +40,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use token::Token;
+#[cfg(test)]
+pub(crate) use token::unsigned as unsigned_token;
 
 /// A volume on the node, ready to be mounted into containers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -298,7 +300,8 @@ impl PodState {
     }
 
     fn uses(&self, test: impl Fn(&Source) -> bool) -> bool {
-        self.files().any(|(_, files)| files.sources.iter().any(&test))
+        self.files()
+            .any(|(_, files)| files.sources.iter().any(&test))
     }
 
     fn stop_refresh(&self) {
@@ -317,8 +320,12 @@ impl Drop for PodState {
 /// The most an emptyDir in memory may hold: the node's allocatable memory, or the pod's limit.
 fn memory_limit(pod: &Pod, context: &LaunchContext) -> Option<i64> {
     let node = context.allocatable.get("memory");
-    let node = node.and_then(|q| Quantity::try_from(q).ok()).map(|q| q.value());
-    let pod = pod_resources(pod, context).ok().and_then(|r| r.memory_limit_bytes);
+    let node = node
+        .and_then(|q| Quantity::try_from(q).ok())
+        .map(|q| q.value());
+    let pod = pod_resources(pod, context)
+        .ok()
+        .and_then(|r| r.memory_limit_bytes);
     node.into_iter().chain(pod).filter(|bytes| *bytes > 0).min()
 }
 
@@ -339,7 +346,9 @@ impl Inner {
         let volumes = state.files().map(|(name, files)| {
             let sources = files.sources.iter().enumerate();
             let pod = &pod;
-            join_all(sources.map(move |(index, source)| self.fetch(state, pod, name, index, source)))
+            join_all(
+                sources.map(move |(index, source)| self.fetch(state, pod, name, index, source)),
+            )
         });
         join_all(volumes).await
     }

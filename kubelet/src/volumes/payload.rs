@@ -97,7 +97,12 @@ fn from_source(
             let secret = object(secret.as_ref(), "secret", keys)?;
             let data = secret.iter().flat_map(|s| s.data.iter().flatten());
             let data = data.map(|(k, v)| (k.clone(), v.0.clone())).collect();
-            pick(data, keys, volume.mode, "references non-existent secret key")
+            pick(
+                data,
+                keys,
+                volume.mode,
+                "references non-existent secret key",
+            )
         }
         (Source::Downward(items), _) => downward(items, volume.mode, pod, context),
         (Source::Token(spec), Fetched::Token(token)) => {
@@ -150,7 +155,9 @@ fn pick(
     let last = keys.items.len() - 1;
     let mut files = Payload::new();
     for (index, item) in keys.items.iter().enumerate() {
-        let again = keys.items[index + 1..last + 1].iter().any(|i| i.key == item.key);
+        let again = keys.items[index + 1..last + 1]
+            .iter()
+            .any(|i| i.key == item.key);
         let content = if again {
             data.get(&item.key).cloned()
         } else {
@@ -214,9 +221,62 @@ fn checked(files: Payload) -> Result<Payload, String> {
     let mut previous: Option<&Path> = None;
     for path in clean.keys() {
         if previous.is_some_and(|p| path.starts_with(p)) {
-            return Err(format!("path {:?} is both file and directory", previous.unwrap_or(path).display()));
+            return Err(format!(
+                "path {:?} is both file and directory",
+                previous.unwrap_or(path).display()
+            ));
         }
         previous = Some(path);
     }
     Ok(clean)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn of(paths: &[&str]) -> Result<Payload, String> {
+        let file = File {
+            data: vec![],
+            mode: 0o644,
+            user: None,
+        };
+        checked(
+            paths
+                .iter()
+                .map(|p| (PathBuf::from(p), file.clone()))
+                .collect(),
+        )
+    }
+
+    #[test]
+    fn paths_that_leave_the_volume_or_clash_are_refused() {
+        for bad in [
+            &["/etc/x"][..],
+            &["../x"],
+            &["a/../x"],
+            &[""],
+            &["."],
+            &["..data"],
+            &["..2026/x"],
+            &["a", "a/b"],
+        ] {
+            assert!(of(bad).is_err(), "{bad:?}");
+        }
+        let good = of(&["a", "./b/c", "b/d", "e..", ".hidden"]).unwrap();
+        assert!(good.contains_key(Path::new("b/c")) && good.len() == 5);
+    }
+
+    proptest! {
+        #[test]
+        fn no_path_that_passes_leads_out(path in "[a./]{0,12}") {
+            if let Ok(files) = of(&[&path]) {
+                for path in files.keys() {
+                    prop_assert!(path.components().all(|c| matches!(c, Component::Normal(_))));
+                    prop_assert!(!path.to_string_lossy().starts_with(".."));
+                }
+            }
+        }
+    }
 }

@@ -17,7 +17,6 @@ use super::plan::{FilesVolume, Kind, PLUGIN_EMPTY_DIR, Planned, fs_group, nested
 use k8s_openapi::api::core::v1::Pod;
 use linux::fs::{Durability, FsError, create_dirs, remove_tree, write_atomic};
 use linux::mount::MountAttrs;
-use linux::mountinfo::MountEntry;
 use rustix::fs::{AtFlags, CWD, Gid};
 use rustix::mount::UnmountFlags;
 use serde::{Deserialize, Serialize};
@@ -43,7 +42,7 @@ struct NodeRecord {
 }
 
 /// A pod's volumes as far as they left traces.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct PodRecord {
     version: u32,
     namespace: String,
@@ -169,7 +168,7 @@ impl Place {
         let node = |message| VolumeError::Node { message };
         create_dirs(&dir, 0o750).map_err(|e| node(chain(&e)))?;
         let path = dir.join(RECORD);
-        if load::<PodRecord>(&path)?.as_ref() != Some(&record) {
+        if load(&path)? != Some(Some(record.clone())) {
             save(&path, &record).map_err(node)?;
         }
         let group = fs_group(pod);
@@ -263,14 +262,22 @@ impl Place {
             message,
         };
         let dir = self.pod(safe(uid)?);
-        let record = load::<PodRecord>(&dir.join(RECORD))?.unwrap_or_default();
+        let record = load(&dir.join(RECORD))?;
+        let recorded = |name: &str| match &record {
+            Some(Some(record)) => record.tmpfs.iter().any(|n| n == name),
+            // The record is damaged: the mount's own name still proves it ours.
+            Some(None) => true,
+            None => false,
+        };
         let table = linux::mountinfo::read().map_err(|e| fail(e.to_string()))?;
-        for name in &record.tmpfs {
-            let at = self.empty_dir(uid, name);
-            let ours = |m: &&MountEntry| m.mount_point == at && m.source == EMPTY_DIR_SOURCE;
-            for _ in table.iter().filter(ours) {
-                rustix::mount::unmount(&at, UnmountFlags::NOFOLLOW)
-                    .map_err(|e| fail(format!("unmount {}: {}", at.display(), io::Error::from(e))))?;
+        let above = self.expected(uid, PLUGIN_EMPTY_DIR, "");
+        for mount in table.iter().rev().filter(|m| m.source == EMPTY_DIR_SOURCE) {
+            let at = &mount.mount_point;
+            let name = at.strip_prefix(&above).ok().and_then(Path::to_str);
+            if name.is_some_and(recorded) {
+                rustix::mount::unmount(at, UnmountFlags::NOFOLLOW).map_err(|e| {
+                    fail(format!("unmount {}: {}", at.display(), io::Error::from(e)))
+                })?;
             }
         }
         remove_tree(&self.volatile().join(uid)).map_err(|e| fail(chain(&e)))?;
@@ -301,14 +308,21 @@ fn save<T: Serialize>(path: &Path, record: &T) -> Result<(), String> {
     write_atomic(path, &text, 0o600, Durability::Process).map_err(|e| chain(&e))
 }
 
-fn load<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, VolumeError> {
-    let fail = |message| VolumeError::Node { message };
+/// A pod's record: none when there is none, nothing in it when it cannot be understood (power
+/// was lost while it was written).
+fn load(path: &Path) -> Result<Option<Option<PodRecord>>, VolumeError> {
     match linux::fs::read_file(path, RECORD_LIMIT) {
-        Ok(text) => serde_json::from_slice(&text)
-            .map(Some)
-            .map_err(|e| fail(format!("record {} is damaged: {e}", path.display()))),
+        Ok(text) => match serde_json::from_slice::<PodRecord>(&text) {
+            Ok(record) if record.version == VERSION => Ok(Some(Some(record))),
+            Ok(_) | Err(_) => {
+                tracing::warn!(path = %path.display(), "record of volumes is damaged");
+                Ok(Some(None))
+            }
+        },
         Err(error) if error.is_not_found() => Ok(None),
-        Err(error) => Err(fail(chain(&error))),
+        Err(error) => Err(VolumeError::Node {
+            message: chain(&error),
+        }),
     }
 }
 

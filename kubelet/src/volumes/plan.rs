@@ -125,7 +125,11 @@ fn kind_of(volume: &Volume) -> Result<Kind, String> {
             optional: source.optional == Some(true),
         };
         let mode = mode(source.default_mode);
-        return Ok(files(PLUGIN_CONFIG_MAP, mode, vec![Source::ConfigMap(keys)]));
+        return Ok(files(
+            PLUGIN_CONFIG_MAP,
+            mode,
+            vec![Source::ConfigMap(keys)],
+        ));
     }
     if let Some(source) = &volume.secret {
         let keys = KeysOf {
@@ -228,11 +232,7 @@ fn host_path(path: &str, kind: &str) -> Result<Kind, String> {
 fn projected(source: &ProjectedVolumeSource) -> Result<Kind, String> {
     let sources = source.sources.iter().flatten().map(projection);
     let sources: Result<Vec<Source>, String> = sources.collect();
-    Ok(files(
-        PLUGIN_PROJECTED,
-        mode(source.default_mode),
-        sources?,
-    ))
+    Ok(files(PLUGIN_PROJECTED, mode(source.default_mode), sources?))
 }
 
 fn projection(source: &VolumeProjection) -> Result<Source, String> {
@@ -289,11 +289,17 @@ pub(crate) fn nested_mount_points(pod: &Pod, volume: &str) -> Vec<PathBuf> {
     let Some(spec) = &pod.spec else {
         return nested;
     };
-    for container in spec.init_containers.iter().flatten().chain(&spec.containers) {
+    for container in spec
+        .init_containers
+        .iter()
+        .flatten()
+        .chain(&spec.containers)
+    {
         let mounts = container.volume_mounts.as_deref().unwrap_or_default();
-        for own in mounts.iter().filter(|m| {
-            m.name == volume && m.sub_path.is_none() && m.sub_path_expr.is_none()
-        }) {
+        for own in mounts
+            .iter()
+            .filter(|m| m.name == volume && m.sub_path.is_none() && m.sub_path_expr.is_none())
+        {
             for other in mounts.iter().filter(|m| m.name != volume) {
                 let inside = Path::new(&other.mount_path).strip_prefix(&own.mount_path);
                 if let Ok(inside) = inside
@@ -321,7 +327,12 @@ pub(crate) fn common_user(pod: &Pod) -> Option<u32> {
         .iter()
         .flatten()
         .chain(&spec.containers)
-        .map(|c| c.security_context.as_ref().and_then(|s| s.run_as_user).or(of_pod));
+        .map(|c| {
+            c.security_context
+                .as_ref()
+                .and_then(|s| s.run_as_user)
+                .or(of_pod)
+        });
     let first = users.next()??;
     users
         .all(|user| user == Some(first))

@@ -6,12 +6,10 @@ use crate::objects::{api_message, with_forbidden_retries};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jiff::Timestamp;
-use k8s_openapi::api::authentication::v1::{
-    BoundObjectReference, TokenRequest, TokenRequestSpec,
-};
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
-use kube::api::{Api, PostParams};
 use kube::Client;
+use kube::api::{Api, PostParams};
 use std::time::Duration;
 
 /// No token is used for longer.
@@ -49,9 +47,9 @@ pub(crate) fn refresh_time(issued: Timestamp, expires: Timestamp, seed: u64) -> 
 
 fn seed(pod: &Pod) -> u64 {
     // Pods made at once shall not all refresh at once.
-    pod_uid(pod)
-        .bytes()
-        .fold(17, |hash: u64, b| hash.wrapping_mul(31).wrapping_add(b.into()))
+    pod_uid(pod).bytes().fold(17, |hash: u64, b| {
+        hash.wrapping_mul(31).wrapping_add(b.into())
+    })
 }
 
 /// Asks the apiserver for a token.
@@ -80,10 +78,9 @@ pub(crate) async fn request(client: &Client, pod: &Pod, spec: &TokenSpec) -> Res
     let api: Api<ServiceAccount> = Api::namespaced(client.clone(), pod_namespace(pod));
     let params = PostParams::default();
     let asked = Timestamp::now();
-    let answer: Result<TokenRequest, kube::Error> = with_forbidden_retries(|| {
-        api.create_subresource("token", account, &params, &request)
-    })
-    .await;
+    let answer: Result<TokenRequest, kube::Error> =
+        with_forbidden_retries(|| api.create_subresource("token", account, &params, &request))
+            .await;
     let answer = answer.map_err(|e| format!("failed to fetch token: {}", api_message(&e)))?;
     let status = answer.status.unwrap_or_default();
     match (status.token, status.expiration_timestamp) {
