@@ -14,6 +14,7 @@
 //! Forbidden: any writer of pod status but [`status`], any writer of the Node but `node`,
 //! IO or clocks in `pod::plan` and `status::derive`, top-level tasks started outside `agent`.
 
+pub mod agent;
 pub mod api;
 pub mod config;
 pub mod events;

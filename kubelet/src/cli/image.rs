@@ -8,7 +8,7 @@ use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressDrawTarget, Prog
 use runtime::image::{ImageError, ImageStore, LayerHandle, LayerProgress, RegistryConfig};
 use runtime::service::{ImageStatus, RegistryAuth};
 use serde::Deserialize;
-use std::io::{IsTerminal, Read as _, Write};
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -319,7 +319,7 @@ fn spool(mut input: impl std::io::Read) -> Result<Spooled> {
     let path = std::env::temp_dir().join(format!("kubelet-image-{}", std::process::id()));
     let mut file = std::fs::File::create_new(&path).map_err(failed)?;
     let spooled = Spooled(path);
-    std::io::copy(&mut input.by_ref(), &mut file).map_err(failed)?;
+    std::io::copy(&mut input, &mut file).map_err(failed)?;
     Ok(spooled)
 }
 

@@ -1,0 +1,382 @@
+//! The composition root: builds the parts, joins their channels, owns their tasks and their end.
+//! The only place that starts top-level tasks and the only one with concrete types.
+//!
+//! ```text
+//! task        reads                                   writes
+//! source      apiserver watch                         changes -> manager
+//! manager     changes, engine news, verdicts          workers (one task per pod)
+//! publisher   statuses left by workers                apiserver
+//! events      events left by everybody                apiserver
+//! objects     ConfigMap and Secret changes            namespaces to retry -> manager
+//! node        machine, engine, apiserver              Node, Lease
+//! server      pod index, engine                       HTTPS clients
+//! ```
+//!
+//! Order matters: the engine has recovered before an [`Agent`] can be made (it takes a running
+//! engine), so that workers never see half a truth. The end (SIGTERM) cancels every task and
+//! touches no container.
+
+use crate::api::{Clients, connect_when_possible};
+use crate::config::Config;
+use crate::events::EventSink;
+use crate::images::ImagePuller;
+use crate::launch::{LaunchContext, dns, qos};
+use crate::node::{Node, NodeHandle};
+use crate::objects::Objects;
+use crate::pod::index::PodIndex;
+use crate::pod::launcher::{Burstable, NodeClient, NodeEnvironment};
+use crate::pod::manager::{Inputs, Manager};
+use crate::pod::worker::WorkerDeps;
+use crate::probes::Probes;
+use crate::server::{self, Server, auth::Auth};
+use crate::source;
+use crate::status::publish::{KubeStatusApi, StatusPublisher};
+use crate::volumes::{Volumes, VolumesConfig};
+use runtime::Engine;
+use runtime::config::{CgroupDriver, EngineConfig};
+use runtime::image::RegistryConfig;
+use runtime::service::{ImageService, Resources, RuntimeService};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{broadcast, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+/// Verdicts of probes waiting for the manager; probes wait when it is full.
+const VERDICTS: usize = 256;
+/// How long tasks may take to end after SIGTERM. All are cancelled at their next await.
+const SHUTDOWN: Duration = Duration::from_secs(5);
+
+/// Why the agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The engine.
+    #[error("open the runtime in {root}: {message}")]
+    Runtime {
+        /// Its state directory.
+        root: String,
+        /// Its words.
+        message: String,
+    },
+    /// A cgroup of the QoS tree.
+    #[error("make cgroup {path}: {message}")]
+    Cgroup {
+        /// Below the cgroup root.
+        path: String,
+        /// The engine's words.
+        message: String,
+    },
+    /// The volumes of pods.
+    #[error("open volumes: {0}")]
+    Volumes(String),
+    /// A listener.
+    #[error("serve {what}: {message}")]
+    Serve {
+        /// `the HTTPS API`, `healthz`.
+        what: &'static str,
+        /// The cause.
+        message: String,
+    },
+}
+
+/// Runs a node with our own engine until `stop`.
+///
+/// # Errors
+/// See [`AgentError`]. An apiserver that cannot be reached or a certificate that is not there yet
+/// is waited for.
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentError> {
+    let config = Arc::new(config);
+    let engine = Engine::open(engine_config(&config)).await.map_err(|e| AgentError::Runtime {
+        root: config.runtime_root.display().to_string(),
+        message: e.message,
+    })?;
+    let Some(clients) = connect_when_possible(&config, &stop).await else {
+        return Ok(());
+    };
+    Agent::new(config, clients, Arc::new(engine), stop).run().await
+}
+
+/// The engine's part of the configuration.
+fn engine_config(config: &Config) -> EngineConfig {
+    EngineConfig {
+        root: config.runtime_root.clone(),
+        run_dir: config.runtime_run_dir.clone(),
+        cni_conf_dir: config.cni_conf_dir.clone(),
+        cni_bin_dirs: config.cni_bin_dirs.clone(),
+        shim_path: shim_path(config),
+        cgroup_root: config.cgroup_root.clone(),
+        cgroup_driver: CgroupDriver::default(),
+        registries: RegistryConfig {
+            mirrors: config.images.mirrors.clone(),
+            insecure: config.images.insecure.clone(),
+            only_mirrors: false,
+        },
+    }
+}
+
+/// The shim: as configured, else beside our own program.
+fn shim_path(config: &Config) -> PathBuf {
+    if !config.shim_path.as_os_str().is_empty() {
+        return config.shim_path.clone();
+    }
+    let own = std::env::current_exe().unwrap_or_default();
+    own.with_file_name("pod-shim")
+}
+
+/// A node's agent around a running engine.
+pub struct Agent<R> {
+    config: Arc<Config>,
+    clients: Clients,
+    runtime: Arc<R>,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl<R> std::fmt::Debug for Agent<R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent").field("node", &self.config.node_name).finish_non_exhaustive()
+    }
+}
+
+impl<R: RuntimeService + ImageService> Agent<R> {
+    /// An agent that ends with `stop`. The engine has recovered what survived.
+    pub fn new(
+        config: Arc<Config>,
+        clients: Clients,
+        runtime: Arc<R>,
+        stop: CancellationToken,
+    ) -> Self {
+        Self { config, clients, runtime, tracker: TaskTracker::new(), stop }
+    }
+
+    /// Runs until stopped.
+    ///
+    /// # Errors
+    /// When a part cannot start: a port that is taken, a cgroup that cannot be made.
+    pub async fn run(self) -> Result<(), AgentError> {
+        let (node, handle) =
+            Node::new(self.runtime.clone(), self.config.clone(), self.clients.clone());
+        let context = launch_context(&self.config, &handle);
+        self.ensure_qos_tree(&context, &handle)?;
+        let (events, poster) = EventSink::new(&self.config.node_name);
+        self.tracker.spawn(poster.run(self.clients.main.clone(), self.stop.clone()));
+
+        let index = PodIndex::new();
+        self.start_pods(context, &events, &index)?;
+        self.tracker.spawn(node.run(self.stop.clone()));
+        let ended = self.serve(index).await;
+
+        self.stop.cancel();
+        self.tracker.close();
+        if tokio::time::timeout(SHUTDOWN, self.tracker.wait()).await.is_err() {
+            warn!(tasks = self.tracker.len(), "Some tasks did not end in time");
+        }
+        info!("The agent has ended; pods go on");
+        ended
+    }
+
+    /// The pipeline from the apiserver's watch to containers and back.
+    fn start_pods(
+        &self,
+        context: LaunchContext,
+        events: &EventSink,
+        index: &PodIndex,
+    ) -> Result<(), AgentError> {
+        let client = self.clients.main.clone();
+        let objects = Arc::new(Objects::new(client.clone()));
+        let context = Arc::new(arc_swap::ArcSwap::from_pointee(context));
+        let settings = VolumesConfig {
+            root_dir: self.config.root_dir.clone(),
+            context: context.clone(),
+        };
+        let volumes = Volumes::new(settings, objects.clone(), client.clone())
+            .map_err(|e| AgentError::Volumes(e.to_string()))?;
+        let environment = Arc::new(NodeEnvironment {
+            runtime: self.runtime.clone(),
+            context,
+            allowed_unsafe_sysctls: self.config.allowed_unsafe_sysctls.clone(),
+            objects: objects.clone(),
+            volumes,
+            events: events.clone(),
+            images: Arc::new(ImagePuller::new(
+                self.runtime.clone(),
+                events.clone(),
+                &self.config.images,
+            )),
+            client: NodeClient(client.clone()),
+            burstable: Burstable::default(),
+        });
+        let (verdicts, probe_updates) = mpsc::channel(VERDICTS);
+        let probes = Probes::new(
+            self.runtime.clone(),
+            events.clone(),
+            verdicts,
+            self.tracker.clone(),
+            self.stop.clone(),
+        );
+        let publisher = StatusPublisher::default();
+        let publish = publisher.task(KubeStatusApi::new(client.clone()));
+        self.tracker.spawn(publish.run(self.stop.clone()));
+        let deps = Arc::new(WorkerDeps {
+            runtime: self.runtime.clone(),
+            environment,
+            probes,
+            events: events.clone(),
+            publisher,
+            index: index.clone(),
+        });
+        let (changes_tx, changes) = mpsc::channel(source::QUEUE);
+        let (retry, retries) = mpsc::channel(source::QUEUE);
+        let inputs = Inputs { changes, probes: probe_updates, objects: retries };
+        self.tracker.spawn(Manager::new(deps).run(inputs, self.stop.clone()));
+        self.tracker.spawn(follow_objects(objects, retry, self.stop.clone()));
+        let node = self.config.node_name.clone();
+        self.tracker.spawn(source::apiserver::run(client, node, changes_tx, self.stop.clone()));
+        Ok(())
+    }
+
+    /// Serves until stopped, or until a listener fails.
+    async fn serve(&self, index: PodIndex) -> Result<(), AgentError> {
+        let settings = &self.config.server;
+        let health = async {
+            if settings.healthz.port() == 0 {
+                self.stop.cancelled().await;
+                return Ok(());
+            }
+            let (tracker, stop) = (self.tracker.clone(), self.stop.clone());
+            server::serve_health(settings.healthz, || None, tracker, stop)
+                .await
+                .map_err(|e| AgentError::Serve { what: "healthz", message: e.to_string() })
+        };
+        let api = async {
+            if !settings.enabled {
+                self.stop.cancelled().await;
+                return Ok(());
+            }
+            let client = self.clients.main.clone();
+            let server = Server {
+                config: self.config.clone(),
+                runtime: self.runtime.clone(),
+                index,
+                auth: Auth::new(client, &self.config.node_name, settings.clone()),
+                tracker: self.tracker.clone(),
+            };
+            server::serve(server, self.stop.clone())
+                .await
+                .map_err(|e| AgentError::Serve { what: "the HTTPS API", message: e.to_string() })
+        };
+        tokio::try_join!(health, api).map(drop)
+    }
+
+    /// Makes the cgroups that hold pods, limited to what pods may use.
+    fn ensure_qos_tree(
+        &self,
+        context: &LaunchContext,
+        handle: &NodeHandle,
+    ) -> Result<(), AgentError> {
+        let allocatable = handle.allocatable();
+        let limits = if self.config.enforce_pods_allocatable {
+            let cpu = allocatable.get("cpu").map_or(0, |q| q.milli_value());
+            let memory = allocatable.get("memory").map_or(0, |q| q.value());
+            qos::node_resources(cpu, memory, None)
+        } else {
+            Resources::default()
+        };
+        for (path, resources) in qos::tree(context, limits, []) {
+            self.runtime
+                .ensure_cgroup(&path, &resources)
+                .map_err(|e| AgentError::Cgroup { path, message: e.message })?;
+        }
+        Ok(())
+    }
+}
+
+/// Tells the manager in which namespaces an object changed.
+async fn follow_objects(
+    objects: Arc<Objects>,
+    retry: mpsc::Sender<String>,
+    stop: CancellationToken,
+) {
+    let mut changes = objects.changes();
+    loop {
+        let change = tokio::select! {
+            () = stop.cancelled() => return,
+            change = changes.recv() => change,
+        };
+        match change {
+            Ok(change) => {
+                if retry.send(change.namespace).await.is_err() {
+                    return;
+                }
+            }
+            // Their own back-off tries again.
+            Err(broadcast::error::RecvError::Lagged(missed)) => {
+                warn!(missed, "Object changes missed");
+            }
+            Err(broadcast::error::RecvError::Closed) => return,
+        }
+    }
+}
+
+/// The node in launch's words.
+fn launch_context(config: &Config, handle: &NodeHandle) -> LaunchContext {
+    let resolv_conf = (!config.resolv_conf.as_os_str().is_empty()).then(|| {
+        let text = read_text(&config.resolv_conf);
+        dns::parse_resolv_conf(&text)
+    });
+    let allocatable = handle.allocatable().iter();
+    LaunchContext {
+        node_name: config.node_name.clone(),
+        host_ips: handle.host_ips().to_vec(),
+        allocatable: allocatable
+            .map(|(name, amount)| {
+                let amount = amount.to_string();
+                (name.clone(), k8s_openapi::apimachinery::pkg::api::resource::Quantity(amount))
+            })
+            .collect::<BTreeMap<_, _>>(),
+        memory_capacity: handle.capacity().get("memory").map_or(0, |q| q.value()),
+        cluster_dns: config.cluster_dns.clone(),
+        cluster_domain: config.cluster_domain.clone(),
+        host_dns: resolv_conf,
+        host_hosts: read_text(Path::new("/etc/hosts")),
+        kubepods: "/kubepods".to_owned(),
+        cpu_cfs_quota: config.cpu_cfs_quota,
+        cpu_cfs_period_us: u64::try_from(config.cpu_cfs_quota_period.as_micros()).unwrap_or(100_000),
+        cgroup_v2: Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
+        single_process_oom_kill: config.single_process_oom_kill,
+        pod_pids_limit: Some(config.pod_pids_limit).filter(|limit| *limit > 0),
+        hugepage_sizes: hugepage_sizes(),
+        seccomp_default: config.seccomp_default,
+        seccomp_root: config.root_dir.join("seccomp"),
+        root_dir: config.root_dir.clone(),
+        pod_logs_dir: config.pod_logs_dir.clone(),
+        log_max_bytes: config.container_log_max_size,
+        log_max_files: config.container_log_max_files,
+    }
+}
+
+/// A small text file of the machine; empty, and said so, when it cannot be read.
+fn read_text(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_else(|error| {
+        warn!(path = %path.display(), %error, "File cannot be read, going on without");
+        String::new()
+    })
+}
+
+/// Huge page sizes as cgroups call them: `2MB`, `1GB`.
+fn hugepage_sizes() -> Vec<String> {
+    let names = linux::fs::list_dir(Path::new("/sys/kernel/mm/hugepages")).unwrap_or_default();
+    let sizes = names.iter().filter_map(|name| {
+        let kilobytes = name.to_str()?.strip_prefix("hugepages-")?.strip_suffix("kB")?;
+        let kilobytes: u64 = kilobytes.parse().ok()?;
+        Some(match kilobytes {
+            k if k >= 1 << 20 => format!("{}GB", k >> 20),
+            k if k >= 1 << 10 => format!("{}MB", k >> 10),
+            k => format!("{k}KB"),
+        })
+    });
+    sizes.collect()
+}
