@@ -6,18 +6,22 @@ use super::environment::{PodEnvironment, Rejection, StartContext, StepError};
 use super::spec;
 use crate::events::{EventSink, EventType};
 use crate::images::{ImagePuller, PullRequest};
-use crate::launch::{self, EnvObjects, LaunchContext, LaunchError, qos};
-use crate::objects::{Objects, Services};
+use crate::launch::resources::{cpu_shares, pod_totals};
+use crate::launch::{self, LaunchContext, LaunchError, qos};
+use crate::objects::Objects;
+use crate::quantity::Quantity;
 use crate::volumes::{PodVolumes, Volumes};
 use arc_swap::ArcSwap;
-use k8s_openapi::api::core::v1::{Container, Pod, Secret};
+use k8s_openapi::api::core::v1::{Container, Pod};
 use k8s_openapi::api::node::v1::RuntimeClass;
 use kube::Api;
-use runtime::service::{ContainerConfig, ImageService, ImageStatus, RuntimeService, SandboxConfig};
-use std::collections::BTreeSet;
+use runtime::service::{
+    ContainerConfig, ImageService, ImageStatus, Resources, RuntimeService, SandboxConfig,
+};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use tracing::debug;
+use std::sync::{Arc, Mutex, PoisonError};
+use tracing::warn;
 
 /// The node as pods need it.
 #[derive(Debug)]
@@ -30,16 +34,34 @@ pub struct NodeEnvironment<R> {
     pub allowed_unsafe_sysctls: Vec<String>,
     /// ConfigMaps and Secrets.
     pub objects: Arc<Objects>,
-    /// Services, for environments.
-    pub services: Services,
     /// Volumes.
-    pub volumes: Arc<Volumes>,
+    pub volumes: Volumes,
     /// Images.
     pub images: Arc<ImagePuller<R>>,
     /// Events for users.
     pub events: EventSink,
     /// For RuntimeClasses.
     pub client: NodeClient,
+    /// CPU requests of burstable pods here.
+    pub burstable: Burstable,
+}
+
+/// CPU requests of burstable pods by UID, in thousandths: their sum is the weight of their class.
+#[derive(Debug, Default)]
+pub struct Burstable {
+    milli: Mutex<BTreeMap<String, i64>>,
+}
+
+impl Burstable {
+    /// Notes a pod that came (with its requests) or went; the new sum when it changed.
+    fn note(&self, uid: &str, milli: Option<i64>) -> Option<i64> {
+        let mut all = self.milli.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = match milli {
+            Some(milli) => all.insert(uid.to_owned(), milli),
+            None => all.remove(uid),
+        };
+        (before != milli).then(|| all.values().fold(0, |sum, m| i64::saturating_add(sum, *m)))
+    }
 }
 
 /// A client that can be shown in debug output.
@@ -74,12 +96,21 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
     }
 
     async fn prepare_volumes(&self, pod: &Arc<Pod>) -> Result<PodVolumes, StepError> {
+        if qos::class(pod) == qos::QosClass::Burstable {
+            let totals = pod_totals(pod).unwrap_or_default();
+            let milli = totals.requests.get("cpu").map_or(0, Quantity::milli_value);
+            self.weigh_burstable(spec::uid(pod), Some(milli));
+        }
         let prepared = self.volumes.prepare(pod).await;
-        prepared.map_err(|e| StepError::new("FailedMount", e.to_string()))
+        prepared.map_err(|e| StepError::new(e.reason(), e.to_string()))
     }
 
     async fn update_volumes(&self, pod: &Arc<Pod>) {
-        self.volumes.update(pod).await;
+        if let Err(error) = self.volumes.update(pod).await {
+            let text = error.to_string();
+            let warning = EventType::Warning;
+            self.events.pod_event(pod, None, warning, error.reason(), text);
+        }
     }
 
     async fn prepare_sandbox(
@@ -106,7 +137,8 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
         pod: &Arc<Pod>,
         container: &Container,
     ) -> Result<ImageStatus, StepError> {
-        let secrets = self.pull_secrets(pod).await;
+        let secrets = self.objects.pull_secrets(pod).await;
+        let secrets = secrets.map_err(|e| StepError::new("ErrImagePull", e.to_string()))?;
         let request = PullRequest {
             pod,
             container,
@@ -125,7 +157,9 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
         container: &Container,
         start: StartContext<PodVolumes, ImageStatus>,
     ) -> Result<ContainerConfig, StepError> {
-        let objects = self.env_objects(pod, container).await?;
+        let objects = self.objects.env_objects(pod, container).await;
+        let objects =
+            objects.map_err(|e| StepError::new("CreateContainerConfigError", e.to_string()))?;
         let context = self.context.load_full();
         let launch = launch::container::config(&launch::container::Inputs {
             pod,
@@ -147,8 +181,8 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
     async fn teardown(&self, pod: &Arc<Pod>) -> Result<(), StepError> {
         let uid = spec::uid(pod);
         let torn = self.volumes.teardown(uid).await;
-        torn.map_err(|e| StepError::new("FailedUnMount", e.to_string()))?;
-        self.objects.release_pod(uid);
+        torn.map_err(|e| StepError::new(e.reason(), e.to_string()))?;
+        self.weigh_burstable(uid, None);
         for cgroup in self.pod_cgroups(pod) {
             let removed = self.runtime.remove_cgroup(&cgroup).await;
             removed.map_err(|e| StepError::new("FailedKillPod", e.message))?;
@@ -227,6 +261,22 @@ impl<R: RuntimeService + ImageService> NodeEnvironment<R> {
             .collect()
     }
 
+    /// Keeps the weight of the burstable class in line with its pods.
+    fn weigh_burstable(&self, uid: &str, milli: Option<i64>) {
+        let Some(sum) = self.burstable.note(uid, milli) else {
+            return;
+        };
+        let path = qos::QosClass::Burstable.cgroup(&self.context.load().kubepods);
+        let resources = Resources {
+            cpu_shares: Some(cpu_shares(sum)),
+            ..Resources::default()
+        };
+        if let Err(error) = self.runtime.ensure_cgroup(&path, &resources) {
+            // Weights are fairness, not safety: the pod runs all the same.
+            warn!(path, %error, "Weight of the burstable class not set");
+        }
+    }
+
     /// The handler the pod's RuntimeClass names; empty without one.
     async fn runtime_handler(&self, pod: &Pod) -> Result<String, StepError> {
         let Some(class) = pod
@@ -245,53 +295,5 @@ impl<R: RuntimeService + ImageService> NodeEnvironment<R> {
         };
         let message = format!("Failed to create pod sandbox: {message}");
         Err(StepError::new("FailedCreatePodSandBox", message))
-    }
-
-    /// The pod's pull secrets that exist; the others are told about, as the pull may well work
-    /// without.
-    async fn pull_secrets(&self, pod: &Pod) -> Vec<Arc<Secret>> {
-        let mut secrets = Vec::new();
-        let names = pod
-            .spec
-            .iter()
-            .flat_map(|s| s.image_pull_secrets.iter().flatten());
-        for name in names.map(|r| &r.name) {
-            match self.objects.secret(spec::namespace(pod), name).await {
-                Ok(Some(secret)) => secrets.push(secret),
-                Ok(None) | Err(_) => {
-                    let text = format!(
-                        "Unable to retrieve some image pull secrets ({name}); attempting to pull \
-                         the image may not succeed."
-                    );
-                    let reason = "FailedToRetrieveImagePullSecret";
-                    self.events
-                        .pod_event(pod, None, EventType::Warning, reason, text);
-                }
-            }
-        }
-        secrets
-    }
-
-    /// The objects a container's environment speaks of.
-    async fn env_objects(&self, pod: &Pod, container: &Container) -> Result<EnvObjects, StepError> {
-        const REASON: &str = "CreateContainerConfigError";
-        let namespace = spec::namespace(pod);
-        let needs = launch::env::needs(container);
-        let mut objects = EnvObjects {
-            services: self.services.list(),
-            ..EnvObjects::default()
-        };
-        for name in needs.config_maps {
-            let found = self.objects.config_map(namespace, &name).await;
-            let found = found.map_err(|e| StepError::new(REASON, e.to_string()))?;
-            objects.config_maps.insert(name, found);
-        }
-        for name in needs.secrets {
-            let found = self.objects.secret(namespace, &name).await;
-            let found = found.map_err(|e| StepError::new(REASON, e.to_string()))?;
-            objects.secrets.insert(name, found);
-        }
-        debug!(container = container.name, "Environment objects are there");
-        Ok(objects)
     }
 }

@@ -10,6 +10,7 @@ mod execute;
 pub(crate) mod fixture;
 mod hooks;
 pub mod index;
+pub mod launcher;
 pub mod manager;
 pub mod plan;
 pub mod spec;

@@ -208,7 +208,10 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         let old = std::mem::replace(&mut self.pod, newest.pod);
         self.gone |= newest.gone;
         self.published = false;
-        let shown = |p: &Pod| (p.metadata.labels.clone(), p.metadata.annotations.clone());
+        let shown = |p: &Pod| {
+            let m = &p.metadata;
+            (m.labels.clone(), m.annotations.clone(), m.generation)
+        };
         if self.volumes.is_some() && shown(&old) != shown(&self.pod) {
             let environment = self.deps.environment.clone();
             let pod = self.pod.clone();
