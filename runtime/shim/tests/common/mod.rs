@@ -67,6 +67,7 @@ fn make_cgroups(name: &str) -> Vec<PathBuf> {
         .map(|parent| {
             let dir = parent.join(name);
             std::fs::create_dir(&dir).unwrap_or_else(|e| panic!("make {}: {e}", dir.display()));
+            let _ = std::fs::write(dir.join("cgroup.subtree_control"), "+memory +pids");
             dir
         })
         .collect()
@@ -231,7 +232,7 @@ impl Lab {
                 .to_vec(),
             readonly_paths: ["/proc/sys", "/proc/bus"].map(String::from).to_vec(),
             pid_namespace: PidNamespace::Container,
-            cgroups: self.cgroups.clone(),
+            cgroups: self.container_cgroups(id),
             cgroup_namespace: true,
             log: Some(LogSpec { path: self.log_path(id), max_bytes: 0, max_files: 5 }),
             stdin: false,
@@ -241,6 +242,15 @@ impl Lab {
         }
     }
 
+    /// A container's own cgroups, made when missing.
+    pub(crate) fn container_cgroups(&self, id: &str) -> Vec<PathBuf> {
+        let dirs: Vec<PathBuf> = self.cgroups.iter().map(|dir| dir.join(id)).collect();
+        for dir in &dirs {
+            std::fs::create_dir_all(dir).unwrap();
+        }
+        dirs
+    }
+
     pub(crate) fn exec_spec(&self, exec_id: &str, container_id: &str, argv: &[&str]) -> ExecSpec {
         ExecSpec {
             exec_id: exec_id.into(),
@@ -248,7 +258,7 @@ impl Lab {
             process: process(argv),
             tty: false,
             stdio: Stdio::default(),
-            cgroups: self.cgroups.clone(),
+            cgroups: self.container_cgroups(container_id),
         }
     }
 
@@ -272,12 +282,7 @@ impl Drop for Lab {
         }
         reap(self.shim.pid);
         for dir in &self.cgroups {
-            for _ in 0..200 {
-                if std::fs::remove_dir(dir).is_ok() {
-                    break;
-                }
-                std::thread::yield_now();
-            }
+            remove_cgroup(dir);
         }
         if std::thread::panicking() {
             let log = std::fs::read_to_string(self.dir.join("shim.log")).unwrap_or_default();
@@ -285,6 +290,22 @@ impl Drop for Lab {
         }
         let _ = std::fs::remove_dir_all(&self.dir);
     }
+}
+
+/// Killed processes leave their cgroup a little after they are reaped.
+fn remove_cgroup(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroup(&entry.path());
+        }
+    }
+    for _ in 0..10_000 {
+        if std::fs::remove_dir(dir).is_ok() {
+            return;
+        }
+        std::thread::yield_now();
+    }
+    eprintln!("{} could not be removed", dir.display());
 }
 
 pub(crate) fn reap(pid: i32) {
@@ -323,7 +344,7 @@ pub(crate) fn filesystem(target: &str, fstype: &str, options: &[&str]) -> MountS
         recursive_readonly: false,
         propagation: Propagation::Private,
         nosuid: true,
-        nodev: fstype != "tmpfs",
+        nodev: !["tmpfs", "devpts"].contains(&fstype),
         noexec: true,
     }
 }
