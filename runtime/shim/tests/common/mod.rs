@@ -2,10 +2,12 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use pod_shim::client::{Connection, ShimProcess, ShimStart, spawn_shim};
+use linux::process::spawn::SealedProgram;
 use pod_shim::protocol::*;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -86,9 +88,12 @@ impl Lab {
         make_lower(&dir);
         let cgroups = make_cgroups(&name);
         let socket = dir.join("s.sock");
-        let program = linux::process::spawn::SealedProgram::from_file(Path::new(&shim_path())).unwrap();
+        // One copy in memory for all, as the agent has it.
+        static PROGRAM: OnceLock<SealedProgram> = OnceLock::new();
+        let program = PROGRAM
+            .get_or_init(|| SealedProgram::from_file(Path::new(&shim_path())).unwrap());
         let start = ShimStart { dir: &dir, socket: &socket, log: &dir.join("shim.log") };
-        let shim = spawn_shim(&program, &start).unwrap();
+        let shim = spawn_shim(program, &start).unwrap();
         let conn = connect(&socket);
         let mut lab =
             Self { dir, cgroups, socket, shim, conn, next_id: 1, events: Vec::new() };
