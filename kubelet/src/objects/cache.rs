@@ -26,6 +26,10 @@ use tokio::task::AbortHandle;
 pub(super) const FORBIDDEN_RETRIES: [u64; 6] = [5, 10, 20, 40, 80, 160];
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_MOST: Duration = Duration::from_secs(10);
+/// A read that takes longer is given up.
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// A watch silent for longer is begun anew: the apiserver sends a bookmark every minute.
+const SILENCE_LIMIT: Duration = Duration::from_secs(150);
 /// A watch that lived this long starts the back-off anew.
 const HEALTHY: Duration = Duration::from_secs(1);
 
@@ -269,9 +273,11 @@ async fn watch_once<K: Cached>(
         params = params.initial_events();
     }
     let from = version.clone().unwrap_or_else(|| "0".to_owned());
-    let stream = match api.watch(&params, &from).await {
-        Ok(stream) => stream,
-        Err(error) => {
+    let opened = tokio::time::timeout(REQUEST_LIMIT, api.watch(&params, &from)).await;
+    let stream = match opened {
+        Ok(Ok(stream)) => stream,
+        Err(_) => return Ended::Resume,
+        Ok(Err(error)) => {
             tracing::debug!(kind = %K::KIND, namespace = entry.namespace, name = entry.name, %error, "watch refused");
             return if is_expired(&error) {
                 Ended::StartOver
@@ -282,7 +288,7 @@ async fn watch_once<K: Cached>(
     };
     pin_mut!(stream);
     let mut seen = version.is_some();
-    while let Some(event) = stream.next().await {
+    while let Ok(Some(event)) = tokio::time::timeout(SILENCE_LIMIT, stream.next()).await {
         let changed = match event {
             Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
                 seen = true;
@@ -321,21 +327,28 @@ fn is_expired(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 410)
 }
 
-/// Repeats a request while it is refused with 403, for about a third of a second.
+/// Repeats a request while it is refused with 403, for about a third of a second. Each try has
+/// ten seconds.
 pub(crate) async fn with_forbidden_retries<T, F, R>(request: F) -> Result<T, kube::Error>
 where
     F: Fn() -> R,
     R: Future<Output = Result<T, kube::Error>>,
 {
+    let limited = async || match tokio::time::timeout(REQUEST_LIMIT, request()).await {
+        Ok(done) => done,
+        Err(_) => Err(kube::Error::Service(
+            format!("no answer within {} s", REQUEST_LIMIT.as_secs()).into(),
+        )),
+    };
     for pause in FORBIDDEN_RETRIES {
-        match request().await {
+        match limited().await {
             Err(kube::Error::Api(status)) if status.code == 403 => {
                 tokio::time::sleep(Duration::from_millis(pause)).await;
             }
             done => return done,
         }
     }
-    request().await
+    limited().await
 }
 
 /// The apiserver's own words where it answered.
