@@ -56,6 +56,10 @@ impl EngineConfig {
         self.root.join("containers")
     }
 
+    pub(crate) fn volumes(&self) -> PathBuf {
+        self.root.join("volumes")
+    }
+
     pub(crate) fn sockets(&self) -> PathBuf {
         self.run_dir.join("shim")
     }

@@ -236,6 +236,7 @@ fn prepare(config: &EngineConfig) -> Result<Prepared> {
         config.run_dir.clone(),
         config.sandboxes(),
         config.containers(),
+        config.volumes(),
         config.sockets(),
         config.pins(),
         config.network_records(),

@@ -92,6 +92,7 @@ fn plan(
     let parent = sandbox.config.cgroup_parent.trim_end_matches('/');
     let cgroup = format!("{parent}/{id}");
     let state_dir = store::dir(&inner.config, id);
+    let volumes = store::volumes(&inner.config, id);
     let log_path = sandbox.config.log_directory.join(&config.log_path);
     let launch = spec::launch_spec(Inputs {
         id: id.as_str(),
@@ -102,7 +103,7 @@ fn plan(
         capabilities,
         seccomp: None,
         layers: layers.to_vec(),
-        extra_mounts: extra_mounts(&config, image, layers, mounted, &state_dir)?,
+        extra_mounts: extra_mounts(&config, image, layers, mounted, &volumes)?,
         state_dir,
         shared_memory: crate::sandbox::store::shared_memory(&inner.config, &sandbox.id),
         files: sandbox_files(inner, sandbox),
@@ -166,11 +167,11 @@ fn extra_mounts(
     image: &ImageStatus,
     layers: &[PathBuf],
     mounted: &[ImageLease],
-    state_dir: &Path,
+    volumes: &Path,
 ) -> Result<Vec<MountSpec>> {
     let mut mounts = Vec::new();
     for (number, target) in image.config.volumes.iter().enumerate() {
-        let dir = state_dir.join("volumes").join(number.to_string());
+        let dir = volumes.join(number.to_string());
         mounts.push(volume(target, &dir, layers)?);
     }
     let with_image = config.mounts.iter().filter(|m| m.image.is_some());
@@ -186,12 +187,12 @@ fn volume(target: &str, dir: &Path, layers: &[PathBuf]) -> Result<MountSpec> {
     if content.is_empty() {
         return Ok(spec::bind(target, dir.join("upper")));
     }
-    let options = [
-        format!("lowerdir={}", join(&content)),
+    let mut options = lower(&content);
+    options.extend([
         format!("upperdir={}", dir.join("upper").display()),
         format!("workdir={}", dir.join("work").display()),
         "volatile".to_owned(),
-    ];
+    ]);
     Ok(spec::filesystem(target, "overlay", &options))
 }
 
@@ -205,8 +206,7 @@ fn image_mount(mount: &Mount, layers: &[PathBuf]) -> Result<MountSpec> {
         }
         [only] => spec::bind(&mount.container_path, only.clone()),
         [..] => {
-            let options = [format!("lowerdir={}", join(&content))];
-            spec::filesystem(&mount.container_path, "overlay", &options)
+            spec::filesystem(&mount.container_path, "overlay", &lower(&content))
         }
     };
     made.readonly = true;
@@ -214,9 +214,16 @@ fn image_mount(mount: &Mount, layers: &[PathBuf]) -> Result<MountSpec> {
     Ok(made)
 }
 
-fn join(dirs: &[PathBuf]) -> String {
-    let dirs: Vec<String> = dirs.iter().map(|d| d.display().to_string()).collect();
-    dirs.join(":")
+/// Lower directories, topmost first. One option holds at most 255 bytes, so each gets its own,
+/// which kernels before 6.5 do not know; a single one they do.
+fn lower(dirs: &[PathBuf]) -> Vec<String> {
+    match dirs {
+        [only] => vec![format!("lowerdir={}", only.display())],
+        [..] => {
+            let each = dirs.iter().map(|d| format!("lowerdir+={}", d.display()));
+            each.collect()
+        }
+    }
 }
 
 /// Device nodes besides the standard ones.
@@ -283,8 +290,9 @@ fn host_devices(dir: &Path, found: &mut Vec<DeviceSpec>) {
 /// Does what was planned: record, directories, cgroup, record.
 fn build(inner: &Inner, record: &mut ContainerRecord) -> Result<()> {
     store::create(&inner.config, record)?;
+    let volumes = store::volumes(&inner.config, &record.id);
     for mount in &record.launch.mounts {
-        make_volume_dirs(mount, &record.launch.state_dir)?;
+        make_volume_dirs(mount, &volumes)?;
     }
     if let Some(log) = &record.launch.log
         && let Some(dir) = log.path.parent()
@@ -303,8 +311,8 @@ fn build(inner: &Inner, record: &mut ContainerRecord) -> Result<()> {
 }
 
 /// Makes the directories a volume of the image is backed by.
-fn make_volume_dirs(mount: &MountSpec, state_dir: &Path) -> Result<()> {
-    let ours = |path: &Path| path.starts_with(state_dir);
+fn make_volume_dirs(mount: &MountSpec, volumes: &Path) -> Result<()> {
+    let ours = |path: &Path| path.starts_with(volumes);
     match &mount.source {
         MountSource::Bind { path, .. } if ours(path) => {
             Ok(linux::fs::create_dirs(path, 0o755)?)

@@ -1,8 +1,11 @@
 //! A container's files.
 //!
 //! ```text
-//! <root>/containers/<id>/{container.json, exit.json (the shim's), upper/, work/, volumes/}
+//! <root>/containers/<id>/{container.json, exit.json (the shim's), upper/, work/}
+//! <root>/volumes/<id>/<number>/{upper/, work/}      volumes the image declares
 //! ```
+//! Volumes are beside the container's directory because the shim mounts the root filesystem
+//! over that directory, in the container's own mount namespace.
 
 use super::state::{ContainerRecord, Exit};
 use crate::config::EngineConfig;
@@ -20,6 +23,11 @@ const MAX_RECORD_BYTES: usize = 16 << 20;
 /// The container's directory.
 pub(crate) fn dir(config: &EngineConfig, id: &ContainerId) -> PathBuf {
     config.containers().join(id.as_str())
+}
+
+/// Where the volumes of its image are.
+pub(crate) fn volumes(config: &EngineConfig, id: &ContainerId) -> PathBuf {
+    config.volumes().join(id.as_str())
 }
 
 /// Writes the record.
@@ -53,9 +61,10 @@ pub(crate) fn create(config: &EngineConfig, record: &ContainerRecord) -> Result<
 /// Deletes everything, the record last.
 pub(crate) fn delete(config: &EngineConfig, id: &ContainerId) -> Result<()> {
     let dir = dir(config, id);
-    for part in ["upper", "work", "volumes"] {
+    for part in ["upper", "work"] {
         remove_tree(&dir.join(part))?;
     }
+    remove_tree(&volumes(config, id))?;
     Ok(remove_tree(&dir)?)
 }
 

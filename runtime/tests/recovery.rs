@@ -1,0 +1,169 @@
+//! The engine goes and another one comes: nothing that runs is disturbed, nothing is forgotten.
+//! Dropping an engine ends its connections as its death would; records are what it left.
+
+mod support;
+
+use runtime::service::{ContainerState, RuntimeService, SandboxState};
+use support::{Node, alive, exit, log, pod, run, script, start};
+
+#[tokio::test]
+async fn running_containers_are_adopted_undisturbed() {
+    let node = Node::new();
+    let engine = node.open().await;
+    let (sandbox, id) = start(&engine, &node, "u1", script("main", "exec sleep 1000")).await;
+    let before = engine.container_status(&id).unwrap();
+    drop(engine);
+    let engine = node.open().await;
+    assert_eq!(engine.container_status(&id).unwrap(), before);
+    assert_eq!(engine.list_sandboxes()[0].state, SandboxState::Ready);
+    assert_eq!(run(&engine, &id, "echo still here").await.stdout, b"still here\n");
+    let next = engine
+        .create_container(&sandbox, script("next", "exit 5"))
+        .await
+        .unwrap();
+    engine.start_container(&next).await.unwrap();
+    assert_eq!(exit(&engine, &next).await.0, 5);
+    engine.remove_sandbox(&sandbox).await.unwrap();
+    assert_eq!(node.run_files() + node.sandbox_files() + node.container_files(), 0);
+}
+
+#[tokio::test]
+async fn an_exit_while_nobody_looked_keeps_its_code_and_its_log() {
+    let node = Node::new();
+    let engine = node.open().await;
+    let wait = "while [ ! -e /dev/shm/go ]; do sleep 0.02; done; echo last words; exit 7";
+    let (sandbox, id) = start(&engine, &node, "u1", script("main", wait)).await;
+    let ContainerState::Running { pid, .. } = engine.container_status(&id).unwrap().state else {
+        panic!("it runs");
+    };
+    drop(engine);
+    let shared = node.config.run_dir.join("shm").join(sandbox.as_str());
+    std::fs::write(shared.join("go"), "").unwrap();
+    let gone = async {
+        while alive(pid) {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(support::SOON, gone).await.unwrap();
+    let engine = node.open().await;
+    assert_eq!(exit(&engine, &id).await, (7, "Error".to_owned()));
+    assert_eq!(log(&engine, &id), "last words");
+}
+
+#[tokio::test]
+async fn a_shim_killed_while_nobody_looked_is_noticed() {
+    let node = Node::new();
+    let engine = node.open().await;
+    let (sandbox, id) = start(&engine, &node, "u1", script("main", "exec sleep 1000")).await;
+    let shim = engine.list_sandboxes()[0].shim_pid;
+    drop(engine);
+    let shim = linux::process::pidfd::PidFd::open(shim).unwrap();
+    shim.send_signal(9).unwrap();
+    assert!(shim.wait_exited(support::SOON).unwrap());
+    let engine = node.open().await;
+    let (code, reason) = exit(&engine, &id).await;
+    assert_eq!((code, reason.as_str()), (137, "ContainerStatusUnknown"));
+    assert!(node.processes().is_empty());
+    engine.remove_sandbox(&sandbox).await.unwrap();
+    assert_eq!(node.run_files() + node.sandbox_files() + node.container_files(), 0);
+}
+
+/// Rewrites one word of a record, as if the engine had died at that point.
+fn set_phase(path: &std::path::Path, phase: serde_json::Value) {
+    let text = std::fs::read(path).unwrap();
+    let mut record: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    record["phase"] = phase;
+    std::fs::write(path, record.to_string()).unwrap();
+}
+
+#[tokio::test]
+async fn half_made_and_half_removed_things_are_finished() {
+    let node = Node::new();
+    let engine = node.open().await;
+    let mut sandboxes = Vec::new();
+    for uid in ["creating", "removing", "stopping", "whole"] {
+        let (sandbox, id) = start(&engine, &node, uid, script("main", "exec sleep 1000")).await;
+        sandboxes.push((sandbox, id));
+    }
+    drop(engine);
+    let dir = node.config.root.join("sandboxes");
+    for (index, phase) in ["creating", "removing", "stopping"].iter().enumerate() {
+        let record = dir.join(sandboxes[index].0.as_str()).join("sandbox.json");
+        set_phase(&record, (*phase).into());
+    }
+    let whole = node.config.root.join("containers").join(sandboxes[3].1.as_str());
+    set_phase(&whole.join("container.json"), serde_json::json!({"removing": null}));
+    let engine = node.open().await;
+    let left = engine.list_sandboxes();
+    assert_eq!(left.len(), 2, "{left:?}");
+    let state = |n: usize| left.iter().find(|s| s.id == sandboxes[n].0).unwrap().state;
+    assert_eq!(state(2), SandboxState::NotReady);
+    assert_eq!(state(3), SandboxState::Ready);
+    assert!(engine.container_status(&sandboxes[3].1).is_none());
+    assert!(node.processes().is_empty());
+    for (gone, _) in &sandboxes[..3] {
+        assert_eq!(node.network_calls(gone), ["ADD", "DEL"]);
+    }
+}
+
+#[tokio::test]
+async fn torn_and_foreign_files_are_left_alone_and_told() {
+    let node = Node::new();
+    let engine = node.open().await;
+    let sandbox = engine.run_sandbox(pod(&node, "u1")).await.unwrap();
+    drop(engine);
+    let dir = node.config.root.join("sandboxes");
+    std::fs::create_dir(dir.join("somebody-elses")).unwrap();
+    let torn = dir.join("a".repeat(64));
+    std::fs::create_dir(&torn).unwrap();
+    std::fs::write(torn.join("sandbox.json"), "{\"version\":1,").unwrap();
+    let empty = dir.join("b".repeat(64));
+    std::fs::create_dir(&empty).unwrap();
+    let engine = node.open().await;
+    assert_eq!(engine.list_sandboxes()[0].id, sandbox.id);
+    assert!(torn.exists() && dir.join("somebody-elses").exists());
+    assert!(!empty.exists());
+    let audit = engine.audit();
+    assert_eq!(audit.len(), 2, "{audit:?}");
+}
+
+#[tokio::test]
+async fn a_refused_release_of_the_network_stays_owed_until_it_succeeds() {
+    let node = Node::new();
+    let engine = node.open().await;
+    let (sandbox, _) = start(&engine, &node, "u1", script("main", "exec sleep 1000")).await;
+    node.network_refuses("DEL", true);
+    assert!(engine.remove_sandbox(&sandbox).await.is_err());
+    assert!(node.processes().is_empty());
+    drop(engine);
+    node.network_refuses("DEL", false);
+    let engine = node.open().await;
+    engine.remove_sandbox(&sandbox).await.unwrap();
+    assert_eq!(node.network_calls(&sandbox).last().unwrap(), "DEL");
+    assert_eq!(node.run_files() + node.sandbox_files(), 0);
+}
+
+#[tokio::test]
+async fn records_of_another_boot_are_not_taken_for_living_things() {
+    let node = Node::new();
+    let engine = node.open().await;
+    let (sandbox, id) = start(&engine, &node, "u1", script("main", "exec sleep 1000")).await;
+    let ours = engine.list_sandboxes()[0].shim_pid;
+    engine.stop_container(&id, std::time::Duration::ZERO).await.unwrap();
+    drop(engine);
+    let path = node.config.root.join("sandboxes").join(sandbox.as_str()).join("sandbox.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let mut record: serde_json::Value = serde_json::from_str(&text).unwrap();
+    record["boot_id"] = "another".into();
+    // A process that has nothing to do with us has the shim's number now.
+    let mut stranger = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    record["shim"]["pid"] = stranger.id().into();
+    std::fs::write(&path, record.to_string()).unwrap();
+    let engine = node.open().await;
+    assert_eq!(engine.list_sandboxes()[0].state, SandboxState::NotReady);
+    engine.remove_sandbox(&sandbox).await.unwrap();
+    assert!(alive(i32::try_from(stranger.id()).unwrap()));
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+    let _ = linux::process::pidfd::PidFd::open(ours).map(|fd| fd.send_signal(9));
+}
