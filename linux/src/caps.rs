@@ -18,7 +18,10 @@ pub fn last_capability() -> io::Result<u8> {
 
 /// Capability numbers as one set of bits; numbers above 63 are ignored.
 pub fn bits(numbers: &[u8]) -> u64 {
-    numbers.iter().filter(|n| **n < 64).fold(0, |bits, n| bits | 1 << n)
+    numbers
+        .iter()
+        .filter(|n| **n < 64)
+        .fold(0, |bits, n| bits | 1 << n)
 }
 
 /// Drop every capability up to `last` that is not in `keep` from the bounding set.
@@ -30,10 +33,11 @@ pub fn limit_bounding(keep: u64, last: u8) -> io::Result<()> {
         // A capability that is not in the bounding set already need not be dropped.
         // SAFETY: prctl with plain numbers.
         let present = unsafe { libc::prctl(libc::PR_CAPBSET_READ, u64::from(number), 0, 0, 0) };
+        if present != 1 {
+            continue;
+        }
         // SAFETY: as above.
-        if present == 1
-            && unsafe { libc::prctl(libc::PR_CAPBSET_DROP, u64::from(number), 0, 0, 0) } != 0
-        {
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, u64::from(number), 0, 0, 0) } != 0 {
             return Err(io::Error::last_os_error());
         }
     }

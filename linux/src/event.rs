@@ -22,13 +22,25 @@ pub struct Interest {
 
 impl Interest {
     /// Readable only.
-    pub const READ: Interest = Interest { read: true, write: false };
+    pub const READ: Interest = Interest {
+        read: true,
+        write: false,
+    };
     /// Writable only.
-    pub const WRITE: Interest = Interest { read: false, write: true };
+    pub const WRITE: Interest = Interest {
+        read: false,
+        write: true,
+    };
     /// Both.
-    pub const BOTH: Interest = Interest { read: true, write: true };
+    pub const BOTH: Interest = Interest {
+        read: true,
+        write: true,
+    };
     /// Neither: only errors and hang-ups are told.
-    pub const NONE: Interest = Interest { read: false, write: false };
+    pub const NONE: Interest = Interest {
+        read: false,
+        write: false,
+    };
 
     fn flags(self) -> epoll::EventFlags {
         let mut flags = epoll::EventFlags::empty();
@@ -65,7 +77,12 @@ impl Poller {
     /// # Errors
     /// The kernel's refusal.
     pub fn add(&self, fd: BorrowedFd<'_>, token: u64, interest: Interest) -> io::Result<()> {
-        Ok(epoll::add(&self.0, fd, epoll::EventData::new_u64(token), interest.flags())?)
+        Ok(epoll::add(
+            &self.0,
+            fd,
+            epoll::EventData::new_u64(token),
+            interest.flags(),
+        )?)
     }
 
     /// Change what is waited for.
@@ -73,7 +90,12 @@ impl Poller {
     /// # Errors
     /// The kernel's refusal.
     pub fn modify(&self, fd: BorrowedFd<'_>, token: u64, interest: Interest) -> io::Result<()> {
-        Ok(epoll::modify(&self.0, fd, epoll::EventData::new_u64(token), interest.flags())?)
+        Ok(epoll::modify(
+            &self.0,
+            fd,
+            epoll::EventData::new_u64(token),
+            interest.flags(),
+        )?)
     }
 
     /// Stop waiting on a descriptor.
@@ -128,7 +150,11 @@ pub fn child_signal() -> io::Result<OwnedFd> {
             return Err(io::Error::last_os_error());
         }
         let fd = libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
-        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
+        if fd < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(OwnedFd::from_raw_fd(fd))
+        }
     }
 }
 
@@ -156,7 +182,10 @@ pub fn wait_child_signal() -> io::Result<()> {
 /// When no descriptor can be had.
 pub fn eventfd() -> io::Result<OwnedFd> {
     use rustix::event::EventfdFlags;
-    Ok(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
+    Ok(rustix::event::eventfd(
+        0,
+        EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK,
+    )?)
 }
 
 /// A descriptor that becomes readable when the file at `path` is modified (inotify).
@@ -196,7 +225,10 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Never in practice.
 pub fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(fd)?;
-    Ok(rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)?)
+    Ok(rustix::fs::fcntl_setfl(
+        fd,
+        flags | rustix::fs::OFlags::NONBLOCK,
+    )?)
 }
 
 /// Read into a buffer; retried when a signal interrupts.
@@ -204,7 +236,9 @@ pub fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
 /// # Errors
 /// `WouldBlock` on an empty non-blocking descriptor, and any other refusal.
 pub fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
-    Ok(rustix::io::retry_on_intr(|| rustix::io::read(fd, &mut *buffer))?)
+    Ok(rustix::io::retry_on_intr(|| {
+        rustix::io::read(fd, &mut *buffer)
+    })?)
 }
 
 /// Write a part of a buffer; retried when a signal interrupts.

@@ -7,6 +7,10 @@ use rustix::pty::OpenptFlags;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+/// Device number of the multiplexer, in /dev and in every devpts instance.
+const PTMX_MAJOR: u32 = 5;
+const PTMX_MINOR: u32 = 2;
+
 /// A new terminal pair.
 #[derive(Debug)]
 pub struct Pty {
@@ -26,9 +30,14 @@ pub struct Pty {
 pub fn open_pty(ptmx: &str, uid: u32) -> io::Result<Pty> {
     let master = rustix::fs::open(
         ptmx,
-        OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC,
+        OFlags::RDWR | OFlags::NOCTTY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
         Mode::empty(),
     )?;
+    // The container may have put anything there; only a real multiplexer is spoken to.
+    let stat = rustix::fs::fstat(&master)?;
+    if stat.st_rdev != rustix::fs::makedev(PTMX_MAJOR, PTMX_MINOR) {
+        return Err(io::Error::from_raw_os_error(libc::ENOTTY));
+    }
     rustix::pty::unlockpt(&master)?;
     let slave = rustix::pty::ioctl_tiocgptpeer(
         &master,
@@ -42,7 +51,11 @@ pub fn open_pty(ptmx: &str, uid: u32) -> io::Result<Pty> {
     if rc != 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(Pty { master, slave, number })
+    Ok(Pty {
+        master,
+        slave,
+        number,
+    })
 }
 
 /// Make a terminal the controlling terminal of this session.
@@ -58,6 +71,11 @@ pub fn make_controlling(slave: BorrowedFd<'_>) -> io::Result<()> {
 /// # Errors
 /// `ENOTTY` when this is no terminal.
 pub fn resize(master: BorrowedFd<'_>, width: u16, height: u16) -> io::Result<()> {
-    let size = rustix::termios::Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = rustix::termios::Winsize {
+        ws_row: height,
+        ws_col: width,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     Ok(rustix::termios::tcsetwinsize(master.as_fd(), size)?)
 }

@@ -40,7 +40,9 @@ impl MountAttrs {
             (self.nodev, MountAttrFlags::MOUNT_ATTR_NODEV),
             (self.noexec, MountAttrFlags::MOUNT_ATTR_NOEXEC),
         ];
-        all.iter().filter(|(on, _)| *on).fold(0, |bits, (_, flag)| bits | flag.bits())
+        all.iter()
+            .filter(|(on, _)| *on)
+            .fold(0, |bits, (_, flag)| bits | flag.bits())
     }
 }
 
@@ -161,7 +163,11 @@ fn overlay_by_context(overlay: &Overlay<'_>) -> io::Result<OwnedFd> {
 
 fn overlay_by_string(overlay: &Overlay<'_>, at: &Path) -> io::Result<OwnedFd> {
     // The descriptors stay open over the call, because the options name them.
-    let lower = overlay.lower.iter().map(|p| open_path(p)).collect::<io::Result<Vec<_>>>()?;
+    let lower = overlay
+        .lower
+        .iter()
+        .map(|p| open_path(p))
+        .collect::<io::Result<Vec<_>>>()?;
     let (upper, work) = (open_path(overlay.upper)?, open_path(overlay.work)?);
     let names: Vec<String> = lower.iter().map(|fd| fd_path(fd.as_fd())).collect();
     let mut data = format!(
@@ -190,7 +196,11 @@ fn overlay_by_string(overlay: &Overlay<'_>, at: &Path) -> io::Result<OwnedFd> {
 /// # Errors
 /// `ENOENT` when the path does not exist.
 pub fn clone_path(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
-    Ok(rustix::mount::open_tree(rustix::fs::CWD, path, tree_flags(recursive))?)
+    Ok(rustix::mount::open_tree(
+        rustix::fs::CWD,
+        path,
+        tree_flags(recursive),
+    )?)
 }
 
 /// A detached copy of what an open descriptor refers to: exactly that file, no path again.
@@ -213,8 +223,7 @@ fn tree_flags(recursive: bool) -> OpenTreeFlags {
 /// # Errors
 /// `ENOTDIR` when one is a directory and the other is not.
 pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
-    let flags =
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     Ok(rustix::mount::move_mount(mount, "", target, "", flags)?)
 }
 
@@ -237,7 +246,10 @@ pub fn add_attrs(mount: BorrowedFd<'_>, attrs: MountAttrs, recursive: bool) -> i
     if attrs == MountAttrs::default() {
         return Ok(());
     }
-    let raw = RawMountAttr { attr_set: u64::from(attrs.bits()), ..RawMountAttr::default() };
+    let raw = RawMountAttr {
+        attr_set: u64::from(attrs.bits()),
+        ..RawMountAttr::default()
+    };
     mount_setattr(mount, &raw, recursive)
 }
 
@@ -251,7 +263,14 @@ pub fn set_peering(mount: BorrowedFd<'_>, peering: Peering) -> io::Result<()> {
         Peering::Slave => libc::MS_SLAVE,
         Peering::Shared => libc::MS_SHARED,
     };
-    mount_setattr(mount, &RawMountAttr { propagation, ..RawMountAttr::default() }, true)
+    mount_setattr(
+        mount,
+        &RawMountAttr {
+            propagation,
+            ..RawMountAttr::default()
+        },
+        true,
+    )
 }
 
 fn mount_setattr(mount: BorrowedFd<'_>, attr: &RawMountAttr, recursive: bool) -> io::Result<()> {
@@ -267,7 +286,11 @@ fn mount_setattr(mount: BorrowedFd<'_>, attr: &RawMountAttr, recursive: bool) ->
             size_of::<RawMountAttr>(),
         )
     };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Cut every mount of this namespace off from its peers. Only in a mount namespace of one's own.
@@ -298,7 +321,11 @@ pub fn pivot_into(root: BorrowedFd<'_>) -> io::Result<()> {
 /// # Errors
 /// `ENOENT` when it does not exist.
 pub fn open_path(path: &Path) -> io::Result<OwnedFd> {
-    Ok(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+    Ok(rustix::fs::open(
+        path,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
 }
 
 /// The name of a descriptor in /proc, usable as a path by this process.
@@ -312,7 +339,12 @@ mod tests {
 
     #[test]
     fn attributes_become_the_kernels_bits() {
-        let attrs = MountAttrs { readonly: true, nosuid: true, nodev: true, noexec: true };
+        let attrs = MountAttrs {
+            readonly: true,
+            nosuid: true,
+            nodev: true,
+            noexec: true,
+        };
         assert_eq!(attrs.bits(), 0xf);
         assert_eq!(MountAttrs::default().bits(), 0);
     }
@@ -323,8 +355,15 @@ mod tests {
         let mount = filesystem("tmpfs", "x", &options, MountAttrs::default()).unwrap();
         resolve::make_dirs(mount.as_fd(), "a/b/c", 0o755).unwrap();
         assert!(resolve::lookup(mount.as_fd(), "/a/b/c").is_ok());
-        add_attrs(mount.as_fd(), MountAttrs { readonly: true, ..MountAttrs::default() }, false)
-            .unwrap();
+        add_attrs(
+            mount.as_fd(),
+            MountAttrs {
+                readonly: true,
+                ..MountAttrs::default()
+            },
+            false,
+        )
+        .unwrap();
         let error = resolve::make_dirs(mount.as_fd(), "d", 0o755).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EROFS));
     }

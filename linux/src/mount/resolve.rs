@@ -98,7 +98,11 @@ pub struct Node {
 /// # Errors
 /// `EEXIST` when something else is there, `EPERM` when nodes may not be made here.
 pub fn make_node(dir: BorrowedFd<'_>, name: &str, node: Node) -> io::Result<()> {
-    let kind = if node.block { FileType::BlockDevice } else { FileType::CharacterDevice };
+    let kind = if node.block {
+        FileType::BlockDevice
+    } else {
+        FileType::CharacterDevice
+    };
     let dev = rustix::fs::makedev(node.major, node.minor);
     let mode = Mode::from_raw_mode(node.mode & 0o7777);
     match rustix::fs::mknodat(dir, name, kind, mode, dev) {
@@ -106,14 +110,27 @@ pub fn make_node(dir: BorrowedFd<'_>, name: &str, node: Node) -> io::Result<()> 
         Err(Errno::EXIST) => {
             let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
             let same = FileType::from_raw_mode(stat.st_mode) == kind && stat.st_rdev == dev;
-            return if same { Ok(()) } else { Err(Errno::EXIST.into()) };
+            return if same {
+                Ok(())
+            } else {
+                Err(Errno::EXIST.into())
+            };
         }
         Err(error) => return Err(error.into()),
     }
     // Again, because the umask took its share.
     rustix::fs::chmodat(dir, name, mode, AtFlags::empty())?;
-    let (uid, gid) = (rustix::fs::Uid::from_raw(node.uid), rustix::fs::Gid::from_raw(node.gid));
-    Ok(rustix::fs::chownat(dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?)
+    let (uid, gid) = (
+        rustix::fs::Uid::from_raw(node.uid),
+        rustix::fs::Gid::from_raw(node.gid),
+    );
+    Ok(rustix::fs::chownat(
+        dir,
+        name,
+        Some(uid),
+        Some(gid),
+        AtFlags::SYMLINK_NOFOLLOW,
+    )?)
 }
 
 /// Make a symlink in the directory `dir`; anything already there is left as it is.
@@ -221,7 +238,10 @@ fn open_or_make(dir: BorrowedFd<'_>, name: &str, kind: Kind, mode: u32) -> io::R
 }
 
 fn parts(path: &str) -> VecDeque<String> {
-    path.split('/').filter(|p| !p.is_empty() && *p != ".").map(str::to_owned).collect()
+    path.split('/')
+        .filter(|p| !p.is_empty() && *p != ".")
+        .map(str::to_owned)
+        .collect()
 }
 
 fn open_in_root(root: BorrowedFd<'_>, path: &str, flags: OFlags) -> io::Result<OwnedFd> {
@@ -280,15 +300,24 @@ mod tests {
 
     fn same(fd: &OwnedFd, path: &Path) {
         use std::os::unix::fs::MetadataExt;
-        let (a, b) = (rustix::fs::fstat(fd).unwrap(), std::fs::metadata(path).unwrap());
+        let (a, b) = (
+            rustix::fs::fstat(fd).unwrap(),
+            std::fs::metadata(path).unwrap(),
+        );
         assert_eq!((a.st_dev, a.st_ino), (b.dev(), b.ino()));
     }
 
     #[test]
     fn missing_directories_and_files_are_made_beneath_the_root() {
         let dir = Dir::new("make");
-        same(&make_dirs(dir.root().as_fd(), "/a/b/../c", 0o755).unwrap(), &dir.at("a/c"));
-        same(&make_file(dir.root().as_fd(), "/etc/x/hosts").unwrap(), &dir.at("etc/x/hosts"));
+        same(
+            &make_dirs(dir.root().as_fd(), "/a/b/../c", 0o755).unwrap(),
+            &dir.at("a/c"),
+        );
+        same(
+            &make_file(dir.root().as_fd(), "/etc/x/hosts").unwrap(),
+            &dir.at("etc/x/hosts"),
+        );
         let error = make_dirs(dir.root().as_fd(), "/etc/x/hosts/y", 0o755).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOTDIR));
     }
@@ -303,7 +332,10 @@ mod tests {
             &make_file(dir.root().as_fd(), "/dangling").unwrap(),
             &dir.at("run/stub/resolv.conf"),
         );
-        same(&make_dirs(dir.root().as_fd(), "/climb/x", 0o755).unwrap(), &dir.at("up/x"));
+        same(
+            &make_dirs(dir.root().as_fd(), "/climb/x", 0o755).unwrap(),
+            &dir.at("up/x"),
+        );
         let error = make_dirs(dir.root().as_fd(), "/loop", 0o755).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ELOOP));
     }
@@ -315,9 +347,22 @@ mod tests {
         symlink("..", dir.at("up")).unwrap();
         std::fs::create_dir(dir.at("in")).unwrap();
         symlink("in", dir.at("fine")).unwrap();
-        same(&beneath(dir.root().as_fd(), "fine", 0o750).unwrap(), &dir.at("in"));
-        same(&beneath(dir.root().as_fd(), "fine/new/er", 0o750).unwrap(), &dir.at("in/new/er"));
-        for bad in ["absolute", "up", "up/missing", "absolute/missing/x", "../x", "in/../../x"] {
+        same(
+            &beneath(dir.root().as_fd(), "fine", 0o750).unwrap(),
+            &dir.at("in"),
+        );
+        same(
+            &beneath(dir.root().as_fd(), "fine/new/er", 0o750).unwrap(),
+            &dir.at("in/new/er"),
+        );
+        for bad in [
+            "absolute",
+            "up",
+            "up/missing",
+            "absolute/missing/x",
+            "../x",
+            "in/../../x",
+        ] {
             let error = beneath(dir.root().as_fd(), bad, 0o750).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::EXDEV), "{bad}: {error}");
         }

@@ -24,7 +24,10 @@ pub enum RlimitOutcome {
 /// # Errors
 /// An unknown number, soft above hard, or any other refusal.
 pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<RlimitOutcome> {
-    let wanted = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+    let wanted = libc::rlimit {
+        rlim_cur: soft,
+        rlim_max: hard,
+    };
     // SAFETY: reads one `rlimit` that lives over the call.
     if unsafe { libc::setrlimit(resource, &wanted) } == 0 {
         return Ok(RlimitOutcome::Set);
@@ -33,7 +36,10 @@ pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<RlimitOutco
     if error.raw_os_error() != Some(libc::EPERM) {
         return Err(error);
     }
-    let mut present = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut present = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: writes one `rlimit` that lives over the call.
     if unsafe { libc::getrlimit(resource, &mut present) } != 0 {
         return Err(io::Error::last_os_error());
@@ -123,7 +129,13 @@ pub fn set_umask(mask: u32) {
 /// Leave the parent's session keyring for an empty one; kernels without keyrings are fine.
 pub fn new_session_keyring() {
     // SAFETY: plain system call; a null name asks for an anonymous keyring.
-    unsafe { libc::syscall(libc::SYS_keyctl, 1 /* KEYCTL_JOIN_SESSION_KEYRING */, 0) };
+    unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            1, /* KEYCTL_JOIN_SESSION_KEYRING */
+            0,
+        )
+    };
 }
 
 /// Load a compiled filter (seccomp(2)): an array of `struct sock_filter`, 8 bytes each. Needs
@@ -133,7 +145,7 @@ pub fn new_session_keyring() {
 /// `EINVAL` for a bad program.
 pub fn load_seccomp(program: &[u8]) -> io::Result<()> {
     let count = program.len() / size_of::<libc::sock_filter>();
-    let exact = program.len() % size_of::<libc::sock_filter>() == 0;
+    let exact = program.len().is_multiple_of(size_of::<libc::sock_filter>());
     let Some(len) = u16::try_from(count).ok().filter(|len| *len > 0 && exact) else {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     };
@@ -146,7 +158,10 @@ pub fn load_seccomp(program: &[u8]) -> io::Result<()> {
             k: u32::from_le_bytes([c[4], c[5], c[6], c[7]]),
         })
         .collect();
-    let program = libc::sock_fprog { len, filter: filters.as_ptr().cast_mut() };
+    let program = libc::sock_fprog {
+        len,
+        filter: filters.as_ptr().cast_mut(),
+    };
     // SAFETY: the kernel copies `len` filters from the array, which lives over the call.
     let rc = unsafe {
         libc::syscall(
@@ -156,7 +171,11 @@ pub fn load_seccomp(program: &[u8]) -> io::Result<()> {
             std::ptr::from_ref(&program),
         )
     };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Put every signal back to its default action and unblock all: ignored signals and the mask
@@ -188,9 +207,18 @@ pub fn close_on_exec_from(first: RawFd) -> io::Result<()> {
     const CLOSE_RANGE_CLOEXEC: u32 = 4;
     // SAFETY: sets a flag only; no descriptor is closed here.
     let rc = unsafe {
-        libc::syscall(libc::SYS_close_range, first as u32, u32::MAX, CLOSE_RANGE_CLOEXEC)
+        libc::syscall(
+            libc::SYS_close_range,
+            first as u32,
+            u32::MAX,
+            CLOSE_RANGE_CLOEXEC,
+        )
     };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Close every descriptor but the given ones. Only for a freshly cloned child: owners of the
@@ -200,7 +228,10 @@ pub fn close_on_exec_from(first: RawFd) -> io::Result<()> {
 /// # Errors
 /// `ENOSYS` before Linux 5.9.
 pub fn close_all_except(keep: &[RawFd]) -> io::Result<()> {
-    let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
+    let mut keep: Vec<u32> = keep
+        .iter()
+        .filter_map(|fd| u32::try_from(*fd).ok())
+        .collect();
     keep.sort_unstable();
     let mut first = 0u32;
     for fd in keep.into_iter().chain([u32::MAX]) {
@@ -224,12 +255,19 @@ pub fn close_all_except(keep: &[RawFd]) -> io::Result<()> {
 /// The kernel's refusal.
 pub fn install_stdio(fd: std::os::fd::BorrowedFd<'_>, target: RawFd) -> io::Result<()> {
     use std::os::fd::AsRawFd;
-    assert!((0..=2).contains(&target), "only the three standard streams are installed");
+    assert!(
+        (0..=2).contains(&target),
+        "only the three standard streams are installed"
+    );
     if fd.as_raw_fd() == target {
         // dup2 onto itself would leave close-on-exec set.
         // SAFETY: clears a flag on a live descriptor.
         let rc = unsafe { libc::fcntl(target, libc::F_SETFD, 0) };
-        return if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
+        return if rc == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        };
     }
     // SAFETY: replaces a standard stream, which Rust's std treats as always open and unowned.
     if unsafe { libc::dup2(fd.as_raw_fd(), target) } >= 0 {

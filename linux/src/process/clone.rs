@@ -67,7 +67,10 @@ pub fn clone3(flags: CloneFlags) -> io::Result<Cloned> {
         pid if pid > 0 => {
             // SAFETY: the kernel stored a fresh descriptor that nobody else owns.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-            Ok(Cloned::Parent { pid: pid as i32, pidfd })
+            Ok(Cloned::Parent {
+                pid: pid as i32,
+                pidfd,
+            })
         }
         _ => Err(io::Error::last_os_error()),
     }
@@ -82,5 +85,7 @@ pub fn exit_child(code: i32) -> ! {
 /// Threads of this process: the link count of its task directory less `.` and `..`.
 fn thread_count() -> io::Result<u64> {
     use std::os::unix::fs::MetadataExt;
-    Ok(std::fs::metadata("/proc/self/task")?.nlink().saturating_sub(2))
+    Ok(std::fs::metadata("/proc/self/task")?
+        .nlink()
+        .saturating_sub(2))
 }

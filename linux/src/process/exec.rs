@@ -88,7 +88,13 @@ pub fn candidates(name: &str, env: &[String]) -> Vec<String> {
         .find_map(|entry| entry.strip_prefix("PATH="))
         .unwrap_or(DEFAULT_PATH);
     path.split(':')
-        .map(|dir| if dir.is_empty() { format!("./{name}") } else { format!("{dir}/{name}") })
+        .map(|dir| {
+            if dir.is_empty() {
+                format!("./{name}")
+            } else {
+                format!("{dir}/{name}")
+            }
+        })
         .collect()
 }
 
@@ -113,7 +119,9 @@ pub fn prepare(argv: &[String], env: &[String]) -> Result<Prepared, ExecError> {
         return Err(bad());
     }
     let c = |list: &[String]| -> Result<Vec<CString>, ExecError> {
-        list.iter().map(|s| CString::new(s.as_bytes()).map_err(|_| bad())).collect()
+        list.iter()
+            .map(|s| CString::new(s.as_bytes()).map_err(|_| bad()))
+            .collect()
     };
     Ok(Prepared {
         slash: name.contains('/'),
@@ -138,7 +146,12 @@ impl Prepared {
                 Some(libc::ENOENT | libc::ENOTDIR) => {}
                 Some(libc::EACCES) => denied = true,
                 Some(libc::ENOEXEC) => return Err(ExecError::Format { name: name() }),
-                Some(_) | None => return Err(ExecError::Other { name: name(), source: error }),
+                Some(_) | None => {
+                    return Err(ExecError::Other {
+                        name: name(),
+                        source: error,
+                    });
+                }
             }
         }
         Err(match (denied, self.slash) {
@@ -151,7 +164,10 @@ impl Prepared {
 
 fn execve(path: &CStr, argv: &[CString], env: &[CString]) -> io::Error {
     let pointers = |list: &[CString]| -> Vec<*const libc::c_char> {
-        list.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
+        list.iter()
+            .map(|s| s.as_ptr())
+            .chain([std::ptr::null()])
+            .collect()
     };
     let (argv, env) = (pointers(argv), pointers(env));
     // SAFETY: both arrays end with a null pointer and point to NUL-terminated strings that live
@@ -185,6 +201,9 @@ mod tests {
             prepared.execute().unwrap_err().to_string(),
             r#"exec: "/etc/passwd": permission denied"#
         );
-        assert!(matches!(prepare(&[], &[]), Err(ExecError::BadArguments { .. })));
+        assert!(matches!(
+            prepare(&[], &[]),
+            Err(ExecError::BadArguments { .. })
+        ));
     }
 }

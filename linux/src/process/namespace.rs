@@ -34,7 +34,9 @@ impl Namespaces {
             (self.cgroup, libc::CLONE_NEWCGROUP),
             (self.pid, libc::CLONE_NEWPID),
         ];
-        all.iter().filter(|(on, _)| *on).fold(0, |bits, (_, flag)| bits | *flag as u32)
+        all.iter()
+            .filter(|(on, _)| *on)
+            .fold(0, |bits, (_, flag)| bits | *flag as u32)
     }
 }
 
@@ -94,7 +96,11 @@ pub fn pin_net(path: &Path) -> io::Result<()> {
         Ok(()) => {}
         Err(error) => return Err(error),
     }
-    std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
+    std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)?;
     Ok(rustix::mount::mount_bind("/proc/thread-self/ns/net", path)?)
 }
 
@@ -151,7 +157,15 @@ pub fn loopback_up() -> io::Result<()> {
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
     // SAFETY: SIOCSIFFLAGS reads one `ifreq` that lives over the call.
     let rc = unsafe {
-        libc::ioctl(socket.as_fd().as_raw_fd(), libc::SIOCSIFFLAGS, std::ptr::from_ref(&request))
+        libc::ioctl(
+            socket.as_fd().as_raw_fd(),
+            libc::SIOCSIFFLAGS,
+            std::ptr::from_ref(&request),
+        )
     };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }

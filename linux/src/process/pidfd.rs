@@ -17,7 +17,10 @@ impl PidFd {
     /// # Errors
     /// `ESRCH` when there is no such process.
     pub fn open(pid: i32) -> io::Result<Self> {
-        Ok(Self(rustix::process::pidfd_open(to_pid(pid)?, PidfdFlags::empty())?))
+        Ok(Self(rustix::process::pidfd_open(
+            to_pid(pid)?,
+            PidfdFlags::empty(),
+        )?))
     }
 
     /// Take over a descriptor that clone3 made.
@@ -38,8 +41,14 @@ impl PidFd {
     /// # Errors
     /// Only when the poll itself fails.
     pub fn has_exited(&self) -> io::Result<bool> {
-        let mut fds = [rustix::event::PollFd::new(&self.0, rustix::event::PollFlags::IN)];
-        let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut fds = [rustix::event::PollFd::new(
+            &self.0,
+            rustix::event::PollFlags::IN,
+        )];
+        let zero = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
         Ok(rustix::event::poll(&mut fds, Some(&zero))? > 0)
     }
 
@@ -55,7 +64,10 @@ impl PidFd {
                 tv_sec: left.as_secs() as i64,
                 tv_nsec: i64::from(left.subsec_nanos()),
             };
-            let mut fds = [rustix::event::PollFd::new(&self.0, rustix::event::PollFlags::IN)];
+            let mut fds = [rustix::event::PollFd::new(
+                &self.0,
+                rustix::event::PollFlags::IN,
+            )];
             match rustix::event::poll(&mut fds, Some(&left)) {
                 Ok(n) => return Ok(n > 0),
                 Err(rustix::io::Errno::INTR) => {}
@@ -83,10 +95,8 @@ impl From<PidFd> for OwnedFd {
 /// `ESRCH` when the process is gone, `EINVAL` for a bad signal number.
 pub fn send_signal_fd(fd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     use std::os::fd::AsRawFd;
-    if signal != 0 {
-        if let Some(signal) = Signal::from_named_raw(signal) {
-            return Ok(rustix::process::pidfd_send_signal(fd, signal)?);
-        }
+    if let Some(signal) = Signal::from_named_raw(signal) {
+        return Ok(rustix::process::pidfd_send_signal(fd, signal)?);
     }
     // SAFETY: plain system call over integers and a null siginfo; needed for signal 0 and the
     // real-time signals, which the safe wrapper cannot express.
@@ -99,7 +109,11 @@ pub fn send_signal_fd(fd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
             0,
         )
     };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Send a signal by process id (only for ids read from a cgroup a moment ago).
@@ -111,7 +125,11 @@ pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     // SAFETY: plain system call over two integers; a positive pid never means a group.
-    if unsafe { libc::kill(pid, signal) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if unsafe { libc::kill(pid, signal) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// When a process started, in clock ticks since boot (`/proc/<pid>/stat` field 22). The pair
@@ -205,6 +223,9 @@ mod tests {
         fd.send_signal(libc::SIGKILL).unwrap();
         assert!(fd.wait_exited(std::time::Duration::from_secs(10)).unwrap());
         child.wait().unwrap();
-        assert_eq!(fd.send_signal(0).unwrap_err().raw_os_error(), Some(libc::ESRCH));
+        assert_eq!(
+            fd.send_signal(0).unwrap_err().raw_os_error(),
+            Some(libc::ESRCH)
+        );
     }
 }

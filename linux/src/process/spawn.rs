@@ -27,10 +27,8 @@ impl SealedProgram {
     /// When the file cannot be read or memory cannot be had.
     pub fn from_file(path: &Path) -> io::Result<Self> {
         let mut source = File::open(path)?;
-        let fd = rustix::fs::memfd_create(
-            c"pod-shim",
-            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-        )?;
+        let fd =
+            rustix::fs::memfd_create(c"pod-shim", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         let mut file = File::from(fd);
         io::copy(&mut source, &mut file)?;
         file.flush()?;
@@ -108,11 +106,16 @@ fn same_content(a: &File, b: &File) -> io::Result<bool> {
 
 fn posix_spawn(program: BorrowedFd<'_>, options: &SpawnOptions<'_>) -> io::Result<i32> {
     let strings = |list: &[String]| -> io::Result<Vec<CString>> {
-        list.iter().map(|s| CString::new(s.as_bytes()).map_err(io::Error::from)).collect()
+        list.iter()
+            .map(|s| CString::new(s.as_bytes()).map_err(io::Error::from))
+            .collect()
     };
     let (argv, env) = (strings(options.argv)?, strings(options.env)?);
     let pointers = |list: &[CString]| -> Vec<*mut libc::c_char> {
-        list.iter().map(|s| s.as_ptr().cast_mut()).chain([std::ptr::null_mut()]).collect()
+        list.iter()
+            .map(|s| s.as_ptr().cast_mut())
+            .chain([std::ptr::null_mut()])
+            .collect()
     };
     let (argv_p, env_p) = (pointers(&argv), pointers(&env));
     // Copies above the numbers that are about to be replaced, so that no dup2 hits its source.
@@ -120,7 +123,13 @@ fn posix_spawn(program: BorrowedFd<'_>, options: &SpawnOptions<'_>) -> io::Resul
     let fd3 = options.fd3.map(dup_above).transpose()?;
     let program = dup_above(program)?;
     let path = CString::new(format!("/proc/self/fd/{}", program.as_raw_fd()))?;
-    let check = |rc: i32| if rc == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(rc)) };
+    let check = |rc: i32| {
+        if rc == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::from_raw_os_error(rc))
+        }
+    };
     let mut pid: libc::pid_t = 0;
     // SAFETY: actions and attributes are initialised before use and destroyed after; every
     // pointer handed over lives until posix_spawn returns, which is after the child's exec.
@@ -137,38 +146,55 @@ fn posix_spawn(program: BorrowedFd<'_>, options: &SpawnOptions<'_>) -> io::Resul
             | libc::POSIX_SPAWN_SETSIGDEF
             | libc::POSIX_SPAWN_SETSIGMASK;
         let null = c"/dev/null".as_ptr();
-        let result = check(libc::posix_spawnattr_setflags(&mut attr, flags as libc::c_short))
-            .and_then(|()| check(libc::posix_spawnattr_setsigdefault(&mut attr, &all)))
-            .and_then(|()| check(libc::posix_spawnattr_setsigmask(&mut attr, &none)))
-            .and_then(|()| {
-                check(libc::posix_spawn_file_actions_addopen(
-                    &mut actions, 0, null, libc::O_RDONLY, 0,
-                ))
-            })
-            .and_then(|()| {
-                check(libc::posix_spawn_file_actions_addopen(
-                    &mut actions, 1, null, libc::O_WRONLY, 0,
-                ))
-            })
-            .and_then(|()| {
-                check(libc::posix_spawn_file_actions_adddup2(&mut actions, stderr.as_raw_fd(), 2))
-            })
-            .and_then(|()| match &fd3 {
-                Some(fd) => {
-                    check(libc::posix_spawn_file_actions_adddup2(&mut actions, fd.as_raw_fd(), 3))
-                }
-                None => Ok(()),
-            })
-            .and_then(|()| {
-                check(libc::posix_spawn(
-                    &mut pid,
-                    path.as_ptr(),
-                    &actions,
-                    &attr,
-                    argv_p.as_ptr(),
-                    env_p.as_ptr(),
-                ))
-            });
+        let result = check(libc::posix_spawnattr_setflags(
+            &mut attr,
+            flags as libc::c_short,
+        ))
+        .and_then(|()| check(libc::posix_spawnattr_setsigdefault(&mut attr, &all)))
+        .and_then(|()| check(libc::posix_spawnattr_setsigmask(&mut attr, &none)))
+        .and_then(|()| {
+            check(libc::posix_spawn_file_actions_addopen(
+                &mut actions,
+                0,
+                null,
+                libc::O_RDONLY,
+                0,
+            ))
+        })
+        .and_then(|()| {
+            check(libc::posix_spawn_file_actions_addopen(
+                &mut actions,
+                1,
+                null,
+                libc::O_WRONLY,
+                0,
+            ))
+        })
+        .and_then(|()| {
+            check(libc::posix_spawn_file_actions_adddup2(
+                &mut actions,
+                stderr.as_raw_fd(),
+                2,
+            ))
+        })
+        .and_then(|()| match &fd3 {
+            Some(fd) => check(libc::posix_spawn_file_actions_adddup2(
+                &mut actions,
+                fd.as_raw_fd(),
+                3,
+            )),
+            None => Ok(()),
+        })
+        .and_then(|()| {
+            check(libc::posix_spawn(
+                &mut pid,
+                path.as_ptr(),
+                &actions,
+                &attr,
+                argv_p.as_ptr(),
+                env_p.as_ptr(),
+            ))
+        });
         libc::posix_spawn_file_actions_destroy(&mut actions);
         libc::posix_spawnattr_destroy(&mut attr);
         result?;
@@ -189,11 +215,19 @@ mod tests {
     fn a_program_runs_from_sealed_memory_in_a_session_of_its_own() {
         let program = SealedProgram::from_file(Path::new("/bin/sh")).unwrap();
         let (mut read, write) = io::pipe().unwrap();
-        let argv = ["sh", "-c", "readlink /proc/$$/exe >&2; cut -d' ' -f6 /proc/$$/stat >&2; echo $$ >&2"]
-            .map(String::from);
+        let argv = [
+            "sh",
+            "-c",
+            "readlink /proc/$$/exe >&2; cut -d' ' -f6 /proc/$$/stat >&2; echo $$ >&2",
+        ]
+        .map(String::from);
         let env = ["PATH=/bin:/usr/bin".to_owned()];
-        let options =
-            SpawnOptions { argv: &argv, env: &env, stderr: write.as_fd(), fd3: None };
+        let options = SpawnOptions {
+            argv: &argv,
+            env: &env,
+            stderr: write.as_fd(),
+            fd3: None,
+        };
         let pid = program.spawn(&options).unwrap();
         drop(write);
         let mut out = String::new();
@@ -224,8 +258,16 @@ mod tests {
             fd3: Some(hold.as_fd()),
         };
         let pid = program.spawn(&options).unwrap();
-        assert!(SealedProgram::from_live(pid, Path::new("/bin/cat")).unwrap().is_some());
-        assert!(SealedProgram::from_live(pid, Path::new("/bin/ls")).unwrap().is_none());
+        assert!(
+            SealedProgram::from_live(pid, Path::new("/bin/cat"))
+                .unwrap()
+                .is_some()
+        );
+        assert!(
+            SealedProgram::from_live(pid, Path::new("/bin/ls"))
+                .unwrap()
+                .is_none()
+        );
         let fd = PidFd::open(pid).unwrap();
         fd.send_signal(9).unwrap();
         rustix::process::waitpid(

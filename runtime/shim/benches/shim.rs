@@ -2,6 +2,11 @@
 //!
 //! `POD_SHIM=<static pod-shim> cargo bench -p pod-shim`; without the variable it measures the
 //! dynamic build beside it, which weighs more.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on stops"
+)]
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -50,17 +55,31 @@ fn main() {
         let maps = std::fs::read_to_string(format!("/proc/{}/smaps", shims[0].shim.pid));
         println!("{}", maps.unwrap_or_default());
     }
-    println!("{SHIMS} idle shims with a container each: {} KiB PSS a shim", pss / SHIMS as u64);
+    println!(
+        "{SHIMS} idle shims with a container each: {} KiB PSS a shim",
+        pss / SHIMS as u64
+    );
 }
 
 fn print(what: &str, times: &mut [std::time::Duration]) {
     times.sort();
     let at = |percent: usize| times[(times.len() - 1) * percent / 100];
-    println!("{what}: p50 {:?}, p90 {:?}, p99 {:?}", at(50), at(90), at(99));
+    println!(
+        "{what}: p50 {:?}, p90 {:?}, p99 {:?}",
+        at(50),
+        at(90),
+        at(99)
+    );
 }
 
 fn pss_kib(pid: i32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("smaps");
-    let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).expect("Pss");
-    line.split_whitespace().next().and_then(|n| n.parse().ok()).expect("number")
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Pss:"))
+        .expect("Pss");
+    line.split_whitespace()
+        .next()
+        .and_then(|n| n.parse().ok())
+        .expect("number")
 }

@@ -42,20 +42,27 @@ impl Shim {
         let mut sink = |fd: Option<OwnedFd>| {
             fd.map(|fd| {
                 let source = Source::AttachOutput(id.to_owned());
-                let token = self.watch(fd.as_fd(), source, Interest::NONE).unwrap_or_default();
+                let token = self
+                    .watch(fd.as_fd(), source, Interest::NONE)
+                    .unwrap_or_default();
                 Sink::new(fd, token)
             })
         };
         let outputs = [sink(out), sink(err)];
         if let Some(container) = self.containers.get_mut(id) {
-            container.output.attachments.push(Attachment { input, outputs });
+            container
+                .output
+                .attachments
+                .push(Attachment { input, outputs });
         }
         Ok(Reply::Done)
     }
 
     /// An attached client typed something, or closed its input.
     pub(crate) fn read_attach_input(&mut self, id: &str, token: u64) {
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         let Some(slot) = container
             .output
             .attachments
@@ -93,7 +100,9 @@ impl Shim {
     /// The first client's input ended: with `stdin_once` so does the container's, when all of it
     /// has been taken. A terminal's input cannot end apart from its output.
     fn end_stdin_if_once(&mut self, id: &str) {
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         if !container.stdin_once || container.tty {
             return;
         }
@@ -103,16 +112,27 @@ impl Shim {
 
     /// Give the container what is queued for it.
     pub(crate) fn flush_stdin(&mut self, id: &str) {
-        let Some(container) = self.containers.get_mut(id) else { return };
-        let Some(stdin) = &mut container.stdin else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        let Some(stdin) = &mut container.stdin else {
+            return;
+        };
         match stdin.flush() {
             Ok(false) => {
-                let _ = self.poller.modify(stdin.fd.as_fd(), stdin.token, Interest::WRITE);
+                let _ = self
+                    .poller
+                    .modify(stdin.fd.as_fd(), stdin.token, Interest::WRITE);
             }
             Ok(true) if !container.stdin_closing => {
-                let _ = self.poller.modify(stdin.fd.as_fd(), stdin.token, Interest::NONE);
-                for (fd, token) in
-                    container.output.attachments.iter().filter_map(|a| a.input.as_ref())
+                let _ = self
+                    .poller
+                    .modify(stdin.fd.as_fd(), stdin.token, Interest::NONE);
+                for (fd, token) in container
+                    .output
+                    .attachments
+                    .iter()
+                    .filter_map(|a| a.input.as_ref())
                 {
                     let _ = self.poller.modify(fd.as_fd(), *token, Interest::READ);
                 }
@@ -128,15 +148,21 @@ impl Shim {
 
     /// An attached client can take more, or is gone.
     pub(crate) fn flush_attached(&mut self, id: &str, ready: Ready) {
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         let mut gone = None;
         for attachment in &mut container.output.attachments {
             for slot in &mut attachment.outputs {
-                let Some(sink) = slot.as_mut().filter(|s| s.token == ready.token) else { continue };
+                let Some(sink) = slot.as_mut().filter(|s| s.token == ready.token) else {
+                    continue;
+                };
                 if ready.hangup || sink.flush().is_err() {
                     gone = slot.take();
                 } else if sink.queue.is_empty() {
-                    let _ = self.poller.modify(sink.fd.as_fd(), sink.token, Interest::NONE);
+                    let _ = self
+                        .poller
+                        .modify(sink.fd.as_fd(), sink.token, Interest::NONE);
                 }
             }
         }

@@ -40,9 +40,13 @@ mod tests {
 
     #[test]
     fn the_rfc_vectors_decode() {
-        for (text, plain) in
-            [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9v", "foo"), ("Zm9vYmFy", "foobar")]
-        {
+        for (text, plain) in [
+            ("", ""),
+            ("Zg==", "f"),
+            ("Zm8=", "fo"),
+            ("Zm9v", "foo"),
+            ("Zm9vYmFy", "foobar"),
+        ] {
             assert_eq!(decode(text).unwrap(), plain.as_bytes());
         }
         assert_eq!(decode("/+8="), Some(vec![0xff, 0xef]));

@@ -21,12 +21,18 @@ pub(crate) fn processes(dir: &Path) -> Vec<i32> {
 fn collect(dir: &Path, depth: usize, pids: &mut Vec<i32>) {
     if let Ok(text) = std::fs::read_to_string(dir.join("cgroup.procs")) {
         // 0 stands for a process of another PID namespace's parent: not ours to touch.
-        pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|pid| *pid > 1));
+        pids.extend(
+            text.lines()
+                .filter_map(|l| l.parse::<i32>().ok())
+                .filter(|pid| *pid > 1),
+        );
     }
     if depth == 0 {
         return;
     }
-    let Ok(entries) = std::fs::read_dir(dir) else { return };
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return;
+    };
     for entry in entries.flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             collect(&entry.path(), depth - 1, pids);
@@ -37,7 +43,9 @@ fn collect(dir: &Path, depth: usize, pids: &mut Vec<i32>) {
 /// The directory whose processes are all of a container's: the freezer's on v1 (it can stop them
 /// while they are killed), the only one on v2.
 pub(crate) fn tracking_dir(dirs: &[PathBuf]) -> Option<&PathBuf> {
-    dirs.iter().find(|dir| dir.join("freezer.state").exists()).or_else(|| dirs.first())
+    dirs.iter()
+        .find(|dir| dir.join("freezer.state").exists())
+        .or_else(|| dirs.first())
 }
 
 /// Kill everything in the cgroup. Nothing can escape by forking: v2 has cgroup.kill, on v1 the
@@ -94,13 +102,24 @@ pub(crate) struct OomWatch {
 impl OomWatch {
     /// Watch the memory cgroup among `dirs`; none when there is none.
     pub(crate) fn new(dirs: &[PathBuf]) -> Option<Self> {
-        let v2 = dirs.iter().map(|dir| dir.join("memory.events")).find(|file| file.exists());
+        let v2 = dirs
+            .iter()
+            .map(|dir| dir.join("memory.events"))
+            .find(|file| file.exists());
         if let Some(file) = v2 {
             let wake = linux::event::watch_modify(&file).ok();
             let seen = kills(&file);
-            return Some(Self { file, wake, seen, early: false, _control: None });
+            return Some(Self {
+                file,
+                wake,
+                seen,
+                early: false,
+                _control: None,
+            });
         }
-        let dir = dirs.iter().find(|dir| dir.join("memory.oom_control").exists())?;
+        let dir = dirs
+            .iter()
+            .find(|dir| dir.join("memory.oom_control").exists())?;
         let file = dir.join("memory.oom_control");
         let (wake, control) = match notify_v1(dir, &file) {
             Ok((wake, control)) => (Some(wake), Some(control)),
@@ -110,7 +129,13 @@ impl OomWatch {
             }
         };
         let seen = kills(&file);
-        Some(Self { file, wake, seen, early: true, _control: control })
+        Some(Self {
+            file,
+            wake,
+            seen,
+            early: true,
+            _control: control,
+        })
     }
 
     /// Kills so far.
@@ -146,8 +171,14 @@ mod tests {
 
     #[test]
     fn memory_kills_are_counted_on_both_versions() {
-        assert_eq!(parse_kills("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"), 3);
-        assert_eq!(parse_kills("low 0\nhigh 0\nmax 9\noom 2\noom_kill 1\noom_group_kill 0\n"), 1);
+        assert_eq!(
+            parse_kills("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"),
+            3
+        );
+        assert_eq!(
+            parse_kills("low 0\nhigh 0\nmax 9\noom 2\noom_kill 1\noom_group_kill 0\n"),
+            1
+        );
         assert_eq!(parse_kills(""), 0);
     }
 }

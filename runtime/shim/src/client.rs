@@ -66,9 +66,14 @@ pub struct ShimProcess {
 ///
 /// # Errors
 /// See [`SpawnError`]; the socket is removed again when the program cannot be started.
-pub fn spawn_shim(program: &SealedProgram, start: &ShimStart<'_>) -> Result<ShimProcess, SpawnError> {
-    let socket_error =
-        |source| SpawnError::Socket { path: start.socket.to_owned(), source };
+pub fn spawn_shim(
+    program: &SealedProgram,
+    start: &ShimStart<'_>,
+) -> Result<ShimProcess, SpawnError> {
+    let socket_error = |source| SpawnError::Socket {
+        path: start.socket.to_owned(),
+        source,
+    };
     if let Some(parent) = start.socket.parent() {
         std::fs::create_dir_all(parent).map_err(socket_error)?;
     }
@@ -82,7 +87,10 @@ pub fn spawn_shim(program: &SealedProgram, start: &ShimStart<'_>) -> Result<Shim
         .append(true)
         .mode(0o640)
         .open(start.log)
-        .map_err(|source| SpawnError::Log { path: start.log.to_owned(), source })?;
+        .map_err(|source| SpawnError::Log {
+            path: start.log.to_owned(),
+            source,
+        })?;
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let argv = [
         "pod-shim".to_owned(),
@@ -99,7 +107,11 @@ pub fn spawn_shim(program: &SealedProgram, start: &ShimStart<'_>) -> Result<Shim
     };
     let started = program.spawn(&options).and_then(|pid| {
         // Not reaped by anyone yet, so the id cannot have been re-used.
-        Ok(ShimProcess { pid, start_time: pidfd::start_time(pid)?, pidfd: PidFd::open(pid)? })
+        Ok(ShimProcess {
+            pid,
+            start_time: pidfd::start_time(pid)?,
+            pidfd: PidFd::open(pid)?,
+        })
     });
     started.map_err(|error| {
         let _ = std::fs::remove_file(start.socket);
@@ -135,7 +147,10 @@ impl Connection {
     /// When nobody listens there.
     pub fn open(path: &Path) -> Result<Self, TalkError> {
         let socket = UnixStream::connect(path).map_err(TalkError::Io)?;
-        Ok(Self { socket, reader: FrameReader::default() })
+        Ok(Self {
+            socket,
+            reader: FrameReader::default(),
+        })
     }
 
     /// Give up waiting in [`Connection::receive`] after this long.
@@ -143,7 +158,9 @@ impl Connection {
     /// # Errors
     /// Only for a zero duration.
     pub fn set_timeout(&self, timeout: std::time::Duration) -> Result<(), TalkError> {
-        self.socket.set_read_timeout(Some(timeout)).map_err(TalkError::Io)
+        self.socket
+            .set_read_timeout(Some(timeout))
+            .map_err(TalkError::Io)
     }
 
     /// Send a request with its descriptors.

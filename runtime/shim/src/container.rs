@@ -107,6 +107,8 @@ impl Container {
 #[derive(Debug)]
 pub(crate) struct ExecSession {
     pub(crate) container_id: String,
+    /// Who asked for it; when he is gone, nobody can hear of it and it is killed.
+    pub(crate) client: u64,
     pub(crate) pid: i32,
     pub(crate) pidfd: OwnedFd,
     /// None once the program runs.

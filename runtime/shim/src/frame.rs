@@ -111,7 +111,10 @@ impl FrameReader {
     /// [`FrameError::MissingFds`].
     pub fn take_fds(&mut self, count: usize) -> Result<Vec<OwnedFd>, FrameError> {
         if self.fds.len() < count {
-            return Err(FrameError::MissingFds { wanted: count, got: self.fds.len() });
+            return Err(FrameError::MissingFds {
+                wanted: count,
+                got: self.fds.len(),
+            });
         }
         Ok(self.fds.drain(..count).collect())
     }
@@ -139,7 +142,11 @@ impl FrameWriter {
     pub fn push<T: Serialize>(&mut self, message: &T, fds: Vec<OwnedFd>) -> Result<(), FrameError> {
         let bytes = encode(message)?;
         self.queued_bytes += bytes.len();
-        self.queue.push_back(Outgoing { bytes, sent: 0, fds });
+        self.queue.push_back(Outgoing {
+            bytes,
+            sent: 0,
+            fds,
+        });
         Ok(())
     }
 
@@ -192,24 +199,39 @@ mod tests {
         let mut reader = FrameReader::default();
         while reader.fill(b.as_fd()).unwrap() > 0 {}
         assert_eq!(reader.next_message::<String>().unwrap().unwrap(), "plain");
-        assert_eq!(reader.next_message::<String>().unwrap().unwrap(), "with one");
+        assert_eq!(
+            reader.next_message::<String>().unwrap().unwrap(),
+            "with one"
+        );
         let fds = reader.take_fds(1).unwrap();
         linux::event::write(fds[0].as_fd(), b"x").unwrap();
         let mut buffer = [0; 4];
         assert_eq!(linux::event::read(read.as_fd(), &mut buffer).unwrap(), 1);
-        assert_eq!(reader.next_message::<String>().unwrap().unwrap(), "plain again");
+        assert_eq!(
+            reader.next_message::<String>().unwrap().unwrap(),
+            "plain again"
+        );
         assert!(reader.next_message::<String>().unwrap().is_none());
-        assert!(matches!(reader.take_fds(1), Err(FrameError::MissingFds { .. })));
+        assert!(matches!(
+            reader.take_fds(1),
+            Err(FrameError::MissingFds { .. })
+        ));
     }
 
     #[test]
     fn an_absurd_length_or_foreign_text_is_an_error() {
         let mut reader = FrameReader::default();
         reader.push(&u32::MAX.to_le_bytes(), []);
-        assert!(matches!(reader.next_message::<String>(), Err(FrameError::TooLarge(_))));
+        assert!(matches!(
+            reader.next_message::<String>(),
+            Err(FrameError::TooLarge(_))
+        ));
         let mut reader = FrameReader::default();
         reader.push(b"\x02\0\0\0{]", []);
-        assert!(matches!(reader.next_message::<String>(), Err(FrameError::Json(_))));
+        assert!(matches!(
+            reader.next_message::<String>(),
+            Err(FrameError::Json(_))
+        ));
     }
 
     proptest! {

@@ -5,25 +5,16 @@ use crate::child::{self, ChildStdio};
 use crate::container::{Container, Phase, ReplyTo, Starting};
 use crate::logfile::LogFile;
 use crate::note::{self, Note, Received};
-use crate::output::{Output, Sink, StreamName, Turn};
-use crate::server::{Shim, Source, Timer, not_found};
+use crate::output::{Output, Sink, StreamName};
+use crate::server::{Shim, Source, not_found};
 use linux::event::{self, Interest};
+use linux::process::attrs;
 use linux::process::clone::{self, CloneFlags, Cloned};
 use linux::process::namespace::{self, Namespaces};
-use linux::process::pidfd::{self, WaitOutcome};
-use linux::process::attrs;
-use pod_shim::protocol::{
-    Event, ExitRecord, LaunchSpec, PidNamespace, Reply, ShimError, ShimErrorKind,
-};
+use linux::process::pidfd;
+use pod_shim::protocol::{LaunchSpec, PidNamespace, Reply, ShimError, ShimErrorKind};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
-
-/// How long output is waited for after the first process is gone, in case a process that
-/// outlived it keeps the pipe.
-const DRAIN_MS: u64 = 1000;
-/// When to look at the count of memory kills again after v1's early notice, in milliseconds.
-const OOM_AGAIN_MS: [u64; 4] = [20, 100, 500, 2000];
 
 /// Both ends of a container's streams.
 pub(crate) struct Pipes {
@@ -35,8 +26,14 @@ pub(crate) struct Pipes {
 fn make_pipes(spec: &LaunchSpec) -> io::Result<Pipes> {
     let null = child::dev_null;
     if spec.tty {
-        let child = ChildStdio { streams: [null()?, null()?, null()?] };
-        return Ok(Pipes { child, outputs: [None, None], stdin: None });
+        let child = ChildStdio {
+            streams: [null()?, null()?, null()?],
+        };
+        return Ok(Pipes {
+            child,
+            outputs: [None, None],
+            stdin: None,
+        });
     }
     let (in_read, in_write) = if spec.stdin {
         let (read, write) = event::pipe()?;
@@ -50,7 +47,9 @@ fn make_pipes(spec: &LaunchSpec) -> io::Result<Pipes> {
     event::set_nonblocking(out_read.as_fd())?;
     event::set_nonblocking(err_read.as_fd())?;
     Ok(Pipes {
-        child: ChildStdio { streams: [in_read, out_write, err_write] },
+        child: ChildStdio {
+            streams: [in_read, out_write, err_write],
+        },
         outputs: [Some(out_read), Some(err_read)],
         stdin: in_write,
     })
@@ -77,7 +76,10 @@ pub(crate) fn clone_child(
         Some(target) => {
             let own = namespace::own_pid_namespace()
                 .map_err(|e| child::system("open the shim's PID namespace", &e))?;
-            let which = Namespaces { pid: true, ..Namespaces::default() };
+            let which = Namespaces {
+                pid: true,
+                ..Namespaces::default()
+            };
             namespace::join(target, which)
                 .map_err(|e| child::system("join the PID namespace", &e))?;
             Some(own)
@@ -95,7 +97,11 @@ pub(crate) fn clone_child(
     }
     match cloned.map_err(|e| child::system("clone a process", &e))? {
         Cloned::Child => unreachable!("the child never returns"),
-        Cloned::Parent { pid, pidfd } => Ok(NewChild { pid, pidfd, notes: ours }),
+        Cloned::Parent { pid, pidfd } => Ok(NewChild {
+            pid,
+            pidfd,
+            notes: ours,
+        }),
     }
 }
 
@@ -127,21 +133,35 @@ impl Shim {
             PidNamespace::Container | PidNamespace::Host => None,
             PidNamespace::Pod => {
                 let helper = sandbox.helper.as_ref();
-                Some(helper.ok_or_else(|| not_found("shared PID namespace in", "the sandbox"))?.pidfd.as_fd())
+                Some(
+                    helper
+                        .ok_or_else(|| not_found("shared PID namespace in", "the sandbox"))?
+                        .pidfd
+                        .as_fd(),
+                )
             }
             PidNamespace::Target(id) => {
                 let target = self.containers.get(id).filter(|c| c.is_running());
-                Some(target.ok_or_else(|| not_found("running container", id))?.pidfd.as_fd())
+                Some(
+                    target
+                        .ok_or_else(|| not_found("running container", id))?
+                        .pidfd
+                        .as_fd(),
+                )
             }
         };
         let log = match &spec.log {
-            Some(log) => Some(LogFile::open(log.clone()).map_err(|e| {
-                child::bad_request(format_args!("open log {:?}", log.path), &e)
-            })?),
+            Some(log) => Some(
+                LogFile::open(log.clone())
+                    .map_err(|e| child::bad_request(format_args!("open log {:?}", log.path), &e))?,
+            ),
             None => None,
         };
-        let Pipes { child: stdio, outputs, stdin } =
-            make_pipes(&spec).map_err(|e| child::system("make pipes", &e))?;
+        let Pipes {
+            child: stdio,
+            outputs,
+            stdin,
+        } = make_pipes(&spec).map_err(|e| child::system("make pipes", &e))?;
         let flags = CloneFlags {
             new_pid: spec.pid_namespace == PidNamespace::Container,
             new_mount: true,
@@ -168,12 +188,27 @@ impl Shim {
     ) {
         let id = spec.container_id;
         let token = self
-            .watch(new.notes.as_fd(), Source::ContainerNotes(id.clone()), Interest::READ)
+            .watch(
+                new.notes.as_fd(),
+                Source::ContainerNotes(id.clone()),
+                Interest::READ,
+            )
             .unwrap_or_default();
-        let starting =
-            Starting { notes: new.notes, token, ready: false, failure: None, waiting: vec![to] };
-        let mut output = Output { log, ..Output::default() };
-        for (name, fd) in [StreamName::Stdout, StreamName::Stderr].into_iter().zip(outputs) {
+        let starting = Starting {
+            notes: new.notes,
+            token,
+            ready: false,
+            failure: None,
+            waiting: vec![to],
+        };
+        let mut output = Output {
+            log,
+            ..Output::default()
+        };
+        for (name, fd) in [StreamName::Stdout, StreamName::Stderr]
+            .into_iter()
+            .zip(outputs)
+        {
             let Some(fd) = fd else { continue };
             let source = Source::Stream(id.clone(), name);
             if let Some(token) = self.watch(fd.as_fd(), source, Interest::READ) {
@@ -182,9 +217,10 @@ impl Shim {
         }
         let stdin = stdin.map(|fd| self.stdin_sink(&id, fd));
         let oom = OomWatch::new(&spec.cgroups).map(|watch| {
-            let token = watch.wake.as_ref().and_then(|fd| {
-                self.watch(fd.as_fd(), Source::Oom(id.clone()), Interest::READ)
-            });
+            let token = watch
+                .wake
+                .as_ref()
+                .and_then(|fd| self.watch(fd.as_fd(), Source::Oom(id.clone()), Interest::READ));
             (watch, token)
         });
         let container = Container {
@@ -210,15 +246,21 @@ impl Shim {
 
     fn stdin_sink(&mut self, id: &str, fd: OwnedFd) -> Sink {
         let source = Source::Stdin(id.to_owned());
-        let token = self.watch(fd.as_fd(), source, Interest::NONE).unwrap_or_default();
+        let token = self
+            .watch(fd.as_fd(), source, Interest::NONE)
+            .unwrap_or_default();
         Sink::new(fd, token)
     }
 
     /// Read what a container's child says; its end means it executed or died.
     pub(crate) fn container_notes(&mut self, id: &str) {
         loop {
-            let Some(container) = self.containers.get_mut(id) else { return };
-            let Phase::Starting(starting) = &mut container.phase else { return };
+            let Some(container) = self.containers.get_mut(id) else {
+                return;
+            };
+            let Phase::Starting(starting) = &mut container.phase else {
+                return;
+            };
             match note::receive(starting.notes.as_fd()) {
                 Received::Nothing => return,
                 Received::Note(Note::Warning(text), _) => eprintln!("container {id}: {text}"),
@@ -256,7 +298,9 @@ impl Shim {
         let source = Source::Stream(id.to_owned(), StreamName::Stdout);
         let token = self.watch(fd.as_fd(), source, Interest::READ);
         let want_stdin = self.containers.get(id).is_some_and(|c| c.want_stdin);
-        let stdin = input.filter(|_| want_stdin).map(|fd| self.stdin_sink(id, fd));
+        let stdin = input
+            .filter(|_| want_stdin)
+            .map(|fd| self.stdin_sink(id, fd));
         if let (Some(container), Some(token)) = (self.containers.get_mut(id), token) {
             container.output.add(StreamName::Stdout, fd, token);
             container.stdin = stdin;
@@ -264,7 +308,9 @@ impl Shim {
     }
 
     fn container_started(&mut self, id: &str) {
-        let Some(container) = self.containers.get_mut(id) else { return };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
         container.started_at_ns = attrs::now_ns();
         let phase = std::mem::replace(&mut container.phase, Phase::Running);
         let state = container.state();
@@ -277,152 +323,11 @@ impl Shim {
         attrs::trim_heap();
     }
 
-    /// Collect every child that ended.
-    pub(crate) fn reap(&mut self) {
-        while let Ok(Some((pid, outcome))) = pidfd::reap_any() {
-            let container = self
-                .containers
-                .values()
-                .find(|c| c.pid == pid && c.is_live())
-                .map(|c| c.id.clone());
-            if let Some(id) = container {
-                self.container_ended(&id, outcome);
-                continue;
-            }
-            let exec = self.execs.iter().find(|(_, e)| e.pid == pid).map(|(id, _)| id.clone());
-            if let Some(id) = exec {
-                self.exec_ended(&id, outcome);
-                continue;
-            }
-            let helper = self.sandbox.as_ref().and_then(|s| s.helper.as_ref());
-            if helper.is_some_and(|h| h.pid == pid) {
-                eprintln!("the pod's first process ended: {outcome:?}");
-            }
-        }
-    }
-
-    fn container_ended(&mut self, id: &str, outcome: WaitOutcome) {
-        // It may have executed and ended before its notes were looked at.
-        self.container_notes(id);
-        let Some(container) = self.containers.get_mut(id) else { return };
-        if let Phase::Starting(starting) = &mut container.phase {
-            let error = starting.failure.take().unwrap_or_else(|| died_in_setup(outcome));
-            let waiting = std::mem::take(&mut starting.waiting);
-            self.discard(id);
-            for to in waiting {
-                self.reply(to, Err(error.clone()), Vec::new());
-            }
-            return;
-        }
-        if container.pid_namespace != PidNamespace::Container
-            && let Some(dir) = cgroup::tracking_dir(&container.cgroups)
-        {
-            // Its own PID namespace would have ended with it; here the cgroup is the boundary.
-            cgroup::kill_all(dir);
-        }
-        container.phase = Phase::Draining(outcome);
-        if let Some(sink) = container.stdin.take() {
-            self.forget_token(sink.token);
-        }
-        for name in [StreamName::Stdout, StreamName::Stderr] {
-            self.read_stream(id, name);
-        }
-        if self.containers.get(id).is_some_and(|c| !matches!(c.phase, Phase::Exited(_))) {
-            self.finish_if_drained(id);
-            if self.containers.get(id).is_some_and(|c| matches!(c.phase, Phase::Draining(_))) {
-                self.after(DRAIN_MS, Timer::Drain(id.to_owned()));
-            }
-        }
-    }
-
-    /// Read a stream; at its end, see whether the container is done.
-    pub(crate) fn read_stream(&mut self, id: &str, name: StreamName) {
-        let Some(container) = self.containers.get_mut(id) else { return };
-        let now = attrs::now_ns();
-        if container.output.streams[name.index()].is_none() {
-            return;
-        }
-        if container.output.read(name, &mut self.scratch, now) == Turn::End {
-            if let Some(stream) = container.output.close(name, now) {
-                self.forget_token(stream.token);
-            }
-            self.finish_if_drained(id);
-        }
-    }
-
-    fn finish_if_drained(&mut self, id: &str) {
-        let Some(container) = self.containers.get(id) else { return };
-        if let Phase::Draining(outcome) = container.phase
-            && container.output.is_done()
-        {
-            self.finish_container(id, outcome);
-        }
-    }
-
-    /// Somebody keeps the pipe: take what is there and go on without him.
-    pub(crate) fn stop_draining(&mut self, id: &str) {
-        let Some(Phase::Draining(outcome)) = self.containers.get(id).map(|c| &c.phase) else {
-            return;
-        };
-        let outcome = *outcome;
-        let now = attrs::now_ns();
-        for name in [StreamName::Stdout, StreamName::Stderr] {
-            let Some(container) = self.containers.get_mut(id) else { return };
-            container.output.read(name, &mut self.scratch, now);
-            if let Some(stream) = container.output.close(name, now) {
-                self.unwatch(stream.fd.as_fd(), stream.token);
-            }
-        }
-        self.finish_container(id, outcome);
-    }
-
-    fn finish_container(&mut self, id: &str, outcome: WaitOutcome) {
-        let Some(container) = self.containers.get_mut(id) else { return };
-        let record = ExitRecord {
-            exit_code: outcome.code(),
-            signal: match outcome {
-                WaitOutcome::Exited(_) => None,
-                WaitOutcome::Signaled(signal) => Some(signal),
-            },
-            oom_killed: container.oom.as_ref().is_some_and(|(watch, _)| watch.count() > 0),
-            finished_at_ns: attrs::now_ns(),
-            started_at_ns: container.started_at_ns,
-        };
-        // On disk before anybody is told: an agent that is away finds it there.
-        if let Err(error) = write_record(&container.state_dir, &record) {
-            eprintln!("cannot write the exit record of {id}: {error}");
-        }
-        container.phase = Phase::Exited(record.clone());
-        self.release(id);
-        self.publish(Event::Exited { container_id: id.to_owned(), exit: record });
-        attrs::trim_heap();
-    }
-
-    /// Close everything a container held open.
-    fn release(&mut self, id: &str) {
-        let Some(container) = self.containers.get_mut(id) else { return };
-        let output = std::mem::take(&mut container.output);
-        let (stdin, oom) = (container.stdin.take(), container.oom.take());
-        let mut tokens: Vec<u64> = output.streams.iter().flatten().map(|s| s.token).collect();
-        for attachment in &output.attachments {
-            tokens.extend(attachment.input.as_ref().map(|(_, token)| *token));
-            tokens.extend(attachment.outputs.iter().flatten().map(|sink| sink.token));
-        }
-        tokens.extend(stdin.as_ref().map(|sink| sink.token));
-        tokens.extend(oom.as_ref().and_then(|(_, token)| *token));
-        for token in tokens {
-            self.forget_token(token);
-        }
-    }
-
-    /// Remove a container that never ran.
-    fn discard(&mut self, id: &str) {
-        self.release(id);
-        self.containers.remove(id);
-    }
-
     pub(crate) fn signal(&mut self, id: &str, signal: i32, all: bool) -> Result<Reply, ShimError> {
-        let container = self.containers.get(id).ok_or_else(|| not_found("container", id))?;
+        let container = self
+            .containers
+            .get(id)
+            .ok_or_else(|| not_found("container", id))?;
         if !container.is_live() {
             return Err(not_found("running container", id));
         }
@@ -472,59 +377,14 @@ impl Shim {
     }
 
     pub(crate) fn reopen_log(&mut self, id: &str) -> Result<Reply, ShimError> {
-        let container = self.containers.get_mut(id).ok_or_else(|| not_found("container", id))?;
+        let container = self
+            .containers
+            .get_mut(id)
+            .ok_or_else(|| not_found("container", id))?;
         if let Some(log) = &mut container.output.log {
-            log.reopen().map_err(|e| child::system("open the log again", &e))?;
+            log.reopen()
+                .map_err(|e| child::system("open the log again", &e))?;
         }
         Ok(Reply::Done)
     }
-
-    /// The memory cgroup woke us.
-    pub(crate) fn oom_woke(&mut self, id: &str) {
-        let Some(container) = self.containers.get(id) else { return };
-        let Some((watch, _)) = &container.oom else { return };
-        if let Some(wake) = &watch.wake {
-            event::drain(wake.as_fd());
-        }
-        let again = if watch.early { OOM_AGAIN_MS.len() as u32 } else { 0 };
-        self.check_oom(id, again);
-    }
-
-    /// Tell of memory kills that were not told yet; look again when the kernel woke us early.
-    pub(crate) fn check_oom(&mut self, id: &str, left: u32) {
-        let Some(container) = self.containers.get_mut(id) else { return };
-        let running = container.is_running();
-        let Some((watch, _)) = &mut container.oom else { return };
-        let count = watch.count();
-        if count > watch.seen {
-            watch.seen = count;
-            if running {
-                self.publish(Event::Oom { container_id: id.to_owned() });
-            }
-        } else if left > 0 {
-            let wait = OOM_AGAIN_MS[OOM_AGAIN_MS.len() - left as usize];
-            self.after(wait, Timer::OomAgain(id.to_owned(), left - 1));
-        }
-    }
-}
-
-fn died_in_setup(outcome: WaitOutcome) -> ShimError {
-    let how = match outcome {
-        WaitOutcome::Exited(code) => format!("exited with code {code}"),
-        WaitOutcome::Signaled(9) => "was killed, perhaps for memory".to_owned(),
-        WaitOutcome::Signaled(signal) => format!("was ended by signal {signal}"),
-    };
-    ShimError {
-        kind: ShimErrorKind::System,
-        message: format!("the process {how} before it executed its program"),
-        errno: None,
-    }
-}
-
-/// Temp + rename, so that a reader sees all or nothing. No fsync: the record must survive the
-/// agent and the shim, and after a power cut there is no container either.
-fn write_record(dir: &Path, record: &ExitRecord) -> io::Result<()> {
-    let temporary = dir.join("exit.json.tmp");
-    std::fs::write(&temporary, serde_json::to_vec(record)?)?;
-    std::fs::rename(&temporary, dir.join("exit.json"))
 }

@@ -26,7 +26,12 @@ impl LogFile {
     /// Open or make the file, with its directory.
     pub(crate) fn open(spec: LogSpec) -> io::Result<Self> {
         let (file, size) = open_append(&spec.path)?;
-        Ok(Self { spec, file, size, dropped_lines: 0 })
+        Ok(Self {
+            spec,
+            file,
+            size,
+            dropped_lines: 0,
+        })
     }
 
     /// Open the path again after someone else moved the file away.
@@ -117,13 +122,22 @@ fn plan(size: u64, max: u64, lines: &[u8]) -> Step {
         None if size > 0 => Step::Rotate,
         // One line larger than a whole file goes into a file of its own.
         None => Step::Write(
-            lines.iter().position(|b| *b == b'\n').map_or(lines.len(), |first| first + 1),
+            lines
+                .iter()
+                .position(|b| *b == b'\n')
+                .map_or(lines.len(), |first| first + 1),
         ),
     }
 }
 
 fn open_append(path: &Path) -> io::Result<(File, u64)> {
-    let open = || OpenOptions::new().create(true).append(true).mode(0o640).open(path);
+    let open = || {
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o640)
+            .open(path)
+    };
     let file = match open() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if let Some(parent) = path.parent() {
@@ -142,7 +156,11 @@ fn open_append(path: &Path) -> io::Result<(File, u64)> {
 fn unused_name(path: &Path, now_ns: i64) -> io::Result<PathBuf> {
     let base = format!("{}.{}", path.display(), logline::compact(now_ns));
     for number in 0..=MAX_SAME_SECOND {
-        let name = if number == 0 { base.clone() } else { format!("{base}.{number:03}") };
+        let name = if number == 0 {
+            base.clone()
+        } else {
+            format!("{base}.{number:03}")
+        };
         match std::fs::symlink_metadata(&name) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(name.into()),
             Ok(_) => {}
@@ -175,7 +193,10 @@ fn is_rotation_suffix(suffix: &str) -> bool {
     let bytes = suffix.as_bytes();
     bytes.len() >= 15
         && bytes[8] == b'-'
-        && bytes[..15].iter().enumerate().all(|(i, b)| i == 8 || b.is_ascii_digit())
+        && bytes[..15]
+            .iter()
+            .enumerate()
+            .all(|(i, b)| i == 8 || b.is_ascii_digit())
         && (bytes.len() == 15 || bytes[15] == b'.')
 }
 
@@ -198,20 +219,32 @@ mod tests {
     }
 
     fn all_lines(dir: &Path) -> Vec<String> {
-        let mut names: Vec<PathBuf> =
-            std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
+        let mut names: Vec<PathBuf> = std::fs::read_dir(dir)
+            .unwrap()
+            .map(|e| e.unwrap().path())
+            .collect();
         // The live file is the newest although its name sorts first.
         names.sort_by_key(|p| (p.ends_with("0.log"), p.clone()));
         names
             .iter()
-            .flat_map(|p| std::fs::read_to_string(p).unwrap().lines().map(str::to_owned).collect::<Vec<_>>())
+            .flat_map(|p| {
+                std::fs::read_to_string(p)
+                    .unwrap()
+                    .lines()
+                    .map(str::to_owned)
+                    .collect::<Vec<_>>()
+            })
             .collect()
     }
 
     #[test]
     fn rotation_within_one_second_loses_and_reorders_nothing() {
         let dir = dir("rotate");
-        let spec = LogSpec { path: dir.0.join("sub/0.log"), max_bytes: 100, max_files: 500 };
+        let spec = LogSpec {
+            path: dir.0.join("sub/0.log"),
+            max_bytes: 100,
+            max_files: 500,
+        };
         let mut log = LogFile::open(spec).unwrap();
         let wanted: Vec<String> = (0..1000).map(|n| format!("line {n:05}")).collect();
         for batch in wanted.chunks(7) {
@@ -225,13 +258,20 @@ mod tests {
     fn only_so_many_files_are_kept_and_foreign_files_are_left_alone() {
         let dir = dir("keep");
         std::fs::write(dir.0.join("0.log.backup"), "").unwrap();
-        let spec = LogSpec { path: dir.0.join("0.log"), max_bytes: 10, max_files: 3 };
+        let spec = LogSpec {
+            path: dir.0.join("0.log"),
+            max_bytes: 10,
+            max_files: 3,
+        };
         let mut log = LogFile::open(spec).unwrap();
         for n in 0..50 {
             log.append(format!("number {n}\n").as_bytes(), n * 1_000_000_000);
         }
         assert_eq!(std::fs::read_dir(&dir.0).unwrap().count(), 4);
-        assert_eq!(std::fs::read_to_string(dir.0.join("0.log")).unwrap(), "number 49\n");
+        assert_eq!(
+            std::fs::read_to_string(dir.0.join("0.log")).unwrap(),
+            "number 49\n"
+        );
     }
 
     #[test]
@@ -245,7 +285,11 @@ mod tests {
     #[test]
     fn a_full_disk_drops_lines_and_says_so_later() {
         let dir = dir("full");
-        let spec = LogSpec { path: "/dev/full".into(), max_bytes: 0, max_files: 2 };
+        let spec = LogSpec {
+            path: "/dev/full".into(),
+            max_bytes: 0,
+            max_files: 2,
+        };
         let mut log = LogFile::open(spec).unwrap();
         log.append(b"a\nb\n", 0);
         assert_eq!(log.dropped_lines, 2);

@@ -76,7 +76,11 @@ pub(crate) fn compact(ns: i64) -> String {
 
 fn split(ns: i64) -> (i64, i64, i64) {
     let seconds = ns.div_euclid(1_000_000_000);
-    (seconds.div_euclid(86_400), seconds.rem_euclid(86_400), ns.rem_euclid(1_000_000_000))
+    (
+        seconds.div_euclid(86_400),
+        seconds.rem_euclid(86_400),
+        ns.rem_euclid(1_000_000_000),
+    )
 }
 
 /// Days since 1970-01-01 as year, month, day of the proleptic Gregorian calendar. Years are
@@ -89,7 +93,11 @@ fn civil(days: i64) -> (i64, i64, i64) {
     let of_year = of_era - (365 * year + year / 4 - year / 100);
     let month_from_march = (5 * of_year + 2) / 153;
     let day = of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let month = if month_from_march < 10 {
+        month_from_march + 3
+    } else {
+        month_from_march - 9
+    };
     (year + era * 400 + i64::from(month <= 2), month, day)
 }
 
@@ -138,21 +146,29 @@ mod tests {
         assert_eq!(lines(&[&fits]).len(), 1);
         fits.insert(0, b'y');
         let cut = lines(&[&fits]);
-        assert_eq!(cut.iter().map(|l| (l.0, l.1.len())).collect::<Vec<_>>(), [
-            ('P', MAX_LINE_BYTES),
-            ('F', 1)
-        ]);
+        assert_eq!(
+            cut.iter().map(|l| (l.0, l.1.len())).collect::<Vec<_>>(),
+            [('P', MAX_LINE_BYTES), ('F', 1)]
+        );
     }
 
     #[test]
     fn times_are_written_as_rfc_3339() {
         assert_eq!(stamp(0), "1970-01-01T00:00:00.000000000Z");
-        assert_eq!(stamp(951_827_696_000_000_001), "2000-02-29T12:34:56.000000001Z");
-        assert_eq!(stamp(1_709_251_199_999_999_999), "2024-02-29T23:59:59.999999999Z");
+        assert_eq!(
+            stamp(951_827_696_000_000_001),
+            "2000-02-29T12:34:56.000000001Z"
+        );
+        assert_eq!(
+            stamp(1_709_251_199_999_999_999),
+            "2024-02-29T23:59:59.999999999Z"
+        );
         assert_eq!(compact(1_136_214_245_000_000_000), "20060102-150405");
     }
 
     proptest! {
+        // Each case is tens of kilobytes.
+        #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
         fn no_byte_is_lost_and_cutting_the_input_changes_nothing(
             text in proptest::collection::vec(

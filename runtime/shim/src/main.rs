@@ -4,7 +4,8 @@
 //!
 //! ```text
 //!  agent ══ socket ══ server ─┬─ setup      namespaces, sysctls, PID-1 helper
-//!                             ├─ launch     clone3 ─▶ child ─▶ execve; reap, exit.json
+//!                             ├─ launch     clone3 ─▶ child ─▶ execve
+//!                             ├─ reap       exits, memory kills, exit.json
 //!                             ├─ exec       the same into a running container
 //!                             ├─ attach     streams to and from clients
 //!                             └─ output ─▶ logline ─▶ logfile
@@ -24,6 +25,7 @@ mod logfile;
 mod logline;
 mod note;
 mod output;
+mod reap;
 mod server;
 mod setup;
 
@@ -63,14 +65,23 @@ impl Options {
                 _ => return None,
             }
         }
-        Some(Self { dir: dir?.into(), socket: socket?.into() })
+        Some(Self {
+            dir: dir?.into(),
+            socket: socket?.into(),
+        })
     }
 }
 
 fn run(options: Options) -> std::io::Result<()> {
     // Whoever stops the agent by its process group, or a log reader that goes away, must not
     // stop the pod.
-    for signal in [1 /* HUP */, 2 /* INT */, 3 /* QUIT */, 13 /* PIPE */, 15 /* TERM */] {
+    for signal in [
+        1,  /* HUP */
+        2,  /* INT */
+        3,  /* QUIT */
+        13, /* PIPE */
+        15, /* TERM */
+    ] {
         attrs::ignore_signal(signal);
     }
     attrs::become_subreaper()?;

@@ -33,12 +33,17 @@ impl NoteSender {
 
     /// Send a note. When the shim is gone nobody needs it: this child is about to be killed.
     pub(crate) fn send(&self, note: &Note, fd: Option<BorrowedFd<'_>>) {
-        let Ok(mut bytes) = serde_json::to_vec(note) else { return };
+        let Ok(mut bytes) = serde_json::to_vec(note) else {
+            return;
+        };
         if bytes.len() > MAX_NOTE_BYTES
             && let Note::Failed(error) = note
         {
             let message: String = error.message.chars().take(512).collect();
-            let short = Note::Failed(ShimError { message, ..error.clone() });
+            let short = Note::Failed(ShimError {
+                message,
+                ..error.clone()
+            });
             bytes = serde_json::to_vec(&short).unwrap_or_default();
         }
         let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();

@@ -60,7 +60,11 @@ pub(crate) struct Sink {
 
 impl Sink {
     pub(crate) fn new(fd: OwnedFd, token: u64) -> Self {
-        Self { fd, token, queue: VecDeque::new() }
+        Self {
+            fd,
+            token,
+            queue: VecDeque::new(),
+        }
     }
 
     /// Write what the descriptor takes; `Ok(true)` when nothing is left.
@@ -112,7 +116,11 @@ pub(crate) struct Output {
 impl Output {
     /// Add a stream (its descriptor must not block).
     pub(crate) fn add(&mut self, name: StreamName, fd: OwnedFd, token: u64) {
-        self.streams[name.index()] = Some(Stream { fd, token, splitter: Splitter::default() });
+        self.streams[name.index()] = Some(Stream {
+            fd,
+            token,
+            splitter: Splitter::default(),
+        });
     }
 
     /// Whether every stream has ended.
@@ -122,7 +130,9 @@ impl Output {
 
     /// Read what is there, up to a share per turn, and log it.
     pub(crate) fn read(&mut self, name: StreamName, scratch: &mut Vec<u8>, now_ns: i64) -> Turn {
-        let Some(stream) = &mut self.streams[name.index()] else { return Turn::End };
+        let Some(stream) = &mut self.streams[name.index()] else {
+            return Turn::End;
+        };
         scratch.resize(READ_BYTES, 0);
         let mut lines = Vec::new();
         let stamp = logline::stamp(now_ns);
@@ -156,7 +166,9 @@ impl Output {
     pub(crate) fn close(&mut self, name: StreamName, now_ns: i64) -> Option<Stream> {
         let mut stream = self.streams[name.index()].take()?;
         let mut lines = Vec::new();
-        stream.splitter.finish(&logline::stamp(now_ns), name.text(), &mut lines);
+        stream
+            .splitter
+            .finish(&logline::stamp(now_ns), name.text(), &mut lines);
         if let Some(log) = &mut self.log {
             log.append(&lines, now_ns);
         }

@@ -98,7 +98,11 @@ pub(crate) struct Shim {
 
 /// An error about something that is not there.
 pub(crate) fn not_found(what: &str, id: &str) -> ShimError {
-    ShimError { kind: ShimErrorKind::NotFound, message: format!("no {what} {id:?}"), errno: None }
+    ShimError {
+        kind: ShimErrorKind::NotFound,
+        message: format!("no {what} {id:?}"),
+        errno: None,
+    }
 }
 
 impl Shim {
@@ -125,9 +129,11 @@ impl Shim {
             finished: false,
         };
         let token = shim.new_token(Source::Listener);
-        shim.poller.add(shim.listener.as_fd(), token, Interest::READ)?;
+        shim.poller
+            .add(shim.listener.as_fd(), token, Interest::READ)?;
         let token = shim.new_token(Source::Children);
-        shim.poller.add(shim.children.as_fd(), token, Interest::READ)?;
+        shim.poller
+            .add(shim.children.as_fd(), token, Interest::READ)?;
         Ok(shim)
     }
 
@@ -192,7 +198,10 @@ impl Shim {
 
     fn next_timeout(&self) -> Option<u64> {
         let now = attrs::monotonic_ms();
-        self.timers.iter().map(|(at, _)| at.saturating_sub(now)).min()
+        self.timers
+            .iter()
+            .map(|(at, _)| at.saturating_sub(now))
+            .min()
     }
 
     fn fire_timers(&mut self) {
@@ -200,7 +209,9 @@ impl Shim {
             return;
         }
         let now = attrs::monotonic_ms();
-        let (due, later) = std::mem::take(&mut self.timers).into_iter().partition(|(at, _)| *at <= now);
+        let (due, later) = std::mem::take(&mut self.timers)
+            .into_iter()
+            .partition(|(at, _)| *at <= now);
         self.timers = later;
         let due: Vec<(u64, Timer)> = due;
         for (_, timer) in due {
@@ -213,7 +224,9 @@ impl Shim {
     }
 
     fn dispatch(&mut self, ready: Ready) {
-        let Some(source) = self.sources.get(&ready.token).cloned() else { return };
+        let Some(source) = self.sources.get(&ready.token).cloned() else {
+            return;
+        };
         match source {
             Source::Listener => self.accept(),
             Source::Children => {
@@ -273,7 +286,9 @@ impl Shim {
 
     /// Send to one client; one that is gone or does not read is cut off.
     pub(crate) fn send(&mut self, token: u64, message: &FromShim, fds: Vec<OwnedFd>) {
-        let Some(client) = self.clients.get_mut(&token) else { return };
+        let Some(client) = self.clients.get_mut(&token) else {
+            return;
+        };
         let queued = client.writer.push(message, fds).is_ok();
         if !queued || client.writer.queued_bytes() > MAX_UNSENT_BYTES {
             self.drop_client(token);
@@ -292,17 +307,35 @@ impl Shim {
     }
 
     /// Answer a request.
-    pub(crate) fn reply(&mut self, to: ReplyTo, result: Result<Reply, ShimError>, fds: Vec<OwnedFd>) {
-        self.send(to.client, &FromShim::Reply { id: to.request, result }, fds);
+    pub(crate) fn reply(
+        &mut self,
+        to: ReplyTo,
+        result: Result<Reply, ShimError>,
+        fds: Vec<OwnedFd>,
+    ) {
+        self.send(
+            to.client,
+            &FromShim::Reply {
+                id: to.request,
+                result,
+            },
+            fds,
+        );
     }
 
     fn flush_client(&mut self, token: u64) {
-        let Some(client) = self.clients.get_mut(&token) else { return };
+        let Some(client) = self.clients.get_mut(&token) else {
+            return;
+        };
         match client.writer.flush(client.socket.as_fd()) {
             Ok(empty) => {
                 if client.blocked == empty {
                     client.blocked = !empty;
-                    let interest = if empty { Interest::READ } else { Interest::BOTH };
+                    let interest = if empty {
+                        Interest::READ
+                    } else {
+                        Interest::BOTH
+                    };
                     let _ = self.poller.modify(client.socket.as_fd(), token, interest);
                 }
             }
@@ -313,6 +346,7 @@ impl Shim {
     fn drop_client(&mut self, token: u64) {
         self.clients.remove(&token);
         self.sources.remove(&token);
+        self.kill_sessions_of(token);
     }
 
     fn serve_client(&mut self, ready: Ready) {
@@ -324,14 +358,18 @@ impl Shim {
             return;
         }
         loop {
-            let Some(client) = self.clients.get_mut(&token) else { return };
+            let Some(client) = self.clients.get_mut(&token) else {
+                return;
+            };
             match client.reader.fill(client.socket.as_fd()) {
                 Ok(1..) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Ok(_) | Err(_) => return self.drop_client(token),
             }
             loop {
-                let Some(client) = self.clients.get_mut(&token) else { return };
+                let Some(client) = self.clients.get_mut(&token) else {
+                    return;
+                };
                 match client.reader.next_message::<ToShim>() {
                     Ok(Some(message)) => self.handle(token, message),
                     Ok(None) => break,
@@ -347,7 +385,10 @@ impl Shim {
 
     /// Claim a request's descriptors from its client.
     fn claim_fds(&mut self, token: u64, count: usize) -> Result<Vec<OwnedFd>, ShimError> {
-        let fds = self.clients.get_mut(&token).map(|client| client.reader.take_fds(count));
+        let fds = self
+            .clients
+            .get_mut(&token)
+            .map(|client| client.reader.take_fds(count));
         match fds {
             Some(Ok(fds)) => Ok(fds),
             Some(Err(error)) => Err(ShimError {
@@ -360,14 +401,19 @@ impl Shim {
     }
 
     fn handle(&mut self, client: u64, message: ToShim) {
-        let to = ReplyTo { client, request: message.id };
+        let to = ReplyTo {
+            client,
+            request: message.id,
+        };
         // `None` is answered later.
         let result: Option<Result<Reply, ShimError>> = match message.request {
             Request::Setup(spec) => Some(self.setup(spec)),
             Request::Launch(spec) => self.launch(*spec, to),
-            Request::Signal { container_id, signal, all } => {
-                Some(self.signal(&container_id, signal, all))
-            }
+            Request::Signal {
+                container_id,
+                signal,
+                all,
+            } => Some(self.signal(&container_id, signal, all)),
             Request::Exec(spec) => {
                 let stdio = spec.stdio;
                 let count = if spec.tty {
@@ -381,10 +427,17 @@ impl Shim {
                 }
             }
             Request::ExecKill { exec_id } => Some(self.exec_kill(&exec_id)),
-            Request::Resize { target, width, height } => Some(self.resize(&target, width, height)),
+            Request::Resize {
+                target,
+                width,
+                height,
+            } => Some(self.resize(&target, width, height)),
             Request::ReopenLog { container_id } => Some(self.reopen_log(&container_id)),
             Request::Forget { container_id } => Some(self.forget(&container_id)),
-            Request::Attach { container_id, stdio } => {
+            Request::Attach {
+                container_id,
+                stdio,
+            } => {
                 let count = usize::from(stdio.stdin)
                     + usize::from(stdio.stdout)
                     + usize::from(stdio.stderr);
@@ -416,7 +469,10 @@ impl Shim {
                 self.sandbox = Some(Sandbox { spec, helper });
             }
         }
-        Ok(Reply::Ready { shim_pid: std::process::id() as i32, netns: self.pinned_netns() })
+        Ok(Reply::Ready {
+            shim_pid: std::process::id() as i32,
+            netns: self.pinned_netns(),
+        })
     }
 
     fn begin_shutdown(&mut self, to: ReplyTo) {
@@ -426,7 +482,10 @@ impl Shim {
     }
 
     fn check_shutdown(&mut self) {
-        let busy = self.containers.values().any(|c| !matches!(c.phase, crate::container::Phase::Exited(_)))
+        let busy = self
+            .containers
+            .values()
+            .any(|c| !matches!(c.phase, crate::container::Phase::Exited(_)))
             || !self.execs.is_empty();
         if self.shutdown.is_some() && !busy {
             self.finish_shutdown();
@@ -434,9 +493,14 @@ impl Shim {
     }
 
     fn finish_shutdown(&mut self) {
-        let Some(to) = self.shutdown.take() else { return };
+        let Some(to) = self.shutdown.take() else {
+            return;
+        };
         if let Some(sandbox) = self.sandbox.take() {
-            if let Some(path) = sandbox.spec.netns_path.filter(|_| !sandbox.spec.host_network)
+            if let Some(path) = sandbox
+                .spec
+                .netns_path
+                .filter(|_| !sandbox.spec.host_network)
                 && let Err(error) = linux::process::namespace::unpin_net(&path)
             {
                 eprintln!("cannot unpin {}: {error}", path.display());

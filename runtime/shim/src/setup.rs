@@ -56,7 +56,11 @@ pub(crate) fn make_sandbox(spec: &SandboxSpec) -> Result<Option<Helper>, ShimErr
         write_sysctl(name, value)
             .map_err(|e| child::bad_request(format_args!("set sysctl {name}={value}"), &e))?;
     }
-    if spec.share_pid { spawn_helper(spec).map(Some) } else { Ok(None) }
+    if spec.share_pid {
+        spawn_helper(spec).map(Some)
+    } else {
+        Ok(None)
+    }
 }
 
 /// Only settings that live in one of the pod's own namespaces may be written: anything else
@@ -70,7 +74,10 @@ fn check_sysctl(name: &str, spec: &SandboxSpec) -> Result<(), ShimError> {
         })
     };
     let path = sysctl_path(name);
-    if path.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
+    if path
+        .split('/')
+        .any(|part| part.is_empty() || part == "." || part == "..")
+    {
         return refuse("is not a valid name");
     }
     let ipc = ["kernel/shm", "kernel/msg", "kernel/sem", "fs/mqueue/"];
@@ -115,7 +122,10 @@ fn write_sysctl(name: &str, value: &str) -> io::Result<()> {
 fn spawn_helper(spec: &SandboxSpec) -> Result<Helper, ShimError> {
     let system = |what: &str, e: io::Error| child::system(what, &e);
     let (ours, theirs) = linux::event::pipe().map_err(|e| system("make a pipe", e))?;
-    let flags = CloneFlags { new_pid: true, new_mount: true };
+    let flags = CloneFlags {
+        new_pid: true,
+        new_mount: true,
+    };
     match clone::clone3(flags).map_err(|e| system("clone the pod's first process", e))? {
         Cloned::Child => run_helper(spec, &theirs),
         Cloned::Parent { pid, pidfd } => {
@@ -158,8 +168,17 @@ fn run_helper(spec: &SandboxSpec, report: &OwnedFd) -> ! {
         }
         let last = linux::caps::last_capability()?;
         mount::make_all_private()?;
-        let attributes = MountAttrs { readonly: true, nosuid: true, nodev: true, noexec: true };
-        let options = ["size=4k".to_owned(), "nr_inodes=2".into(), "mode=555".into()];
+        let attributes = MountAttrs {
+            readonly: true,
+            nosuid: true,
+            nodev: true,
+            noexec: true,
+        };
+        let options = [
+            "size=4k".to_owned(),
+            "nr_inodes=2".into(),
+            "mode=555".into(),
+        ];
         let empty = mount::filesystem("tmpfs", "empty", &options, attributes)?;
         mount::attach(empty.as_fd(), mount::open_path(Path::new("/proc"))?.as_fd())?;
         mount::pivot_into(empty.as_fd())?;
@@ -206,14 +225,23 @@ mod tests {
 
     #[test]
     fn only_namespaced_settings_of_the_pods_own_namespaces_may_be_written() {
-        for good in
-            ["net.core.somaxconn", "net/ipv4/conf/eth0.1/forwarding", "kernel.shmmax", "kernel.sem"]
-        {
+        for good in [
+            "net.core.somaxconn",
+            "net/ipv4/conf/eth0.1/forwarding",
+            "kernel.shmmax",
+            "kernel.sem",
+        ] {
             assert!(check_sysctl(good, &spec(false, false)).is_ok(), "{good}");
         }
-        for bad in
-            ["kernel.panic", "vm.swappiness", "net..x", "net/../kernel/panic", "", "net.", "fs.file-max"]
-        {
+        for bad in [
+            "kernel.panic",
+            "vm.swappiness",
+            "net..x",
+            "net/../kernel/panic",
+            "",
+            "net.",
+            "fs.file-max",
+        ] {
             assert!(check_sysctl(bad, &spec(false, false)).is_err(), "{bad}");
         }
         assert!(check_sysctl("net.core.somaxconn", &spec(true, false)).is_err());
@@ -222,7 +250,13 @@ mod tests {
 
     #[test]
     fn the_first_separator_decides() {
-        assert_eq!(sysctl_path("net.ipv4.conf.eth0/1.forwarding"), "net/ipv4/conf/eth0.1/forwarding");
-        assert_eq!(sysctl_path("net/ipv4/conf/eth0.1/x"), "net/ipv4/conf/eth0.1/x");
+        assert_eq!(
+            sysctl_path("net.ipv4.conf.eth0/1.forwarding"),
+            "net/ipv4/conf/eth0.1/forwarding"
+        );
+        assert_eq!(
+            sysctl_path("net/ipv4/conf/eth0.1/x"),
+            "net/ipv4/conf/eth0.1/x"
+        );
     }
 }

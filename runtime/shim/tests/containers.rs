@@ -1,4 +1,9 @@
 //! Containers from launch to exit, in real namespaces and cgroups. Needs root.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on stops"
+)]
 
 mod common;
 
@@ -14,13 +19,19 @@ fn error(result: Result<Reply, ShimError>) -> ShimError {
 fn a_container_runs_and_its_exit_code_is_on_disk_before_it_is_told() {
     let mut lab = Lab::new();
     let (exit, log) = lab.run("a", &["sh", "-c", "echo out; echo err >&2; exit 7"]);
-    assert_eq!((exit.exit_code, exit.signal, exit.oom_killed), (7, None, false));
+    assert_eq!(
+        (exit.exit_code, exit.signal, exit.oom_killed),
+        (7, None, false)
+    );
     assert!(log == "out\nerr\n" || log == "err\nout\n", "{log:?}");
     let record = std::fs::read(lab.state_dir("a").join("exit.json")).unwrap();
     assert_eq!(serde_json::from_slice::<ExitRecord>(&record).unwrap(), exit);
     assert!(exit.started_at_ns <= exit.finished_at_ns);
     let raw = std::fs::read_to_string(lab.log_path("a")).unwrap();
-    assert!(raw.contains("Z stdout F out\n") && raw.contains("Z stderr F err\n"), "{raw}");
+    assert!(
+        raw.contains("Z stdout F out\n") && raw.contains("Z stderr F err\n"),
+        "{raw}"
+    );
 }
 
 #[test]
@@ -28,11 +39,18 @@ fn a_killed_container_reports_its_signal() {
     let mut lab = Lab::new();
     let spec = lab.spec("a", &["sleep", "1000"]);
     lab.launch(spec).unwrap();
-    let signal = |signal| Request::Signal { container_id: "a".into(), signal, all: false };
+    let signal = |signal| Request::Signal {
+        container_id: "a".into(),
+        signal,
+        all: false,
+    };
     lab.request(signal(9), vec![]).unwrap();
     let exit = lab.wait_exit("a");
     assert_eq!((exit.exit_code, exit.signal), (137, Some(9)));
-    assert_eq!(error(lab.request(signal(9), vec![])).kind, ShimErrorKind::NotFound);
+    assert_eq!(
+        error(lab.request(signal(9), vec![])).kind,
+        ShimErrorKind::NotFound
+    );
 }
 
 #[test]
@@ -49,13 +67,14 @@ fn the_program_is_process_one_in_the_pods_namespaces() {
 #[test]
 fn what_cannot_be_started_is_named_in_the_words_people_know() {
     let mut lab = Lab::new();
-    let mut check = |id: &str, change: &dyn Fn(&mut LaunchSpec), kind: ShimErrorKind, text: &str| {
-        let mut spec = lab.spec(id, &["true"]);
-        change(&mut spec);
-        let error = error(lab.launch(spec));
-        assert_eq!((error.kind, error.message.as_str()), (kind, text));
-        assert!(!lab.state_dir(id).join("exit.json").exists());
-    };
+    let mut check =
+        |id: &str, change: &dyn Fn(&mut LaunchSpec), kind: ShimErrorKind, text: &str| {
+            let mut spec = lab.spec(id, &["true"]);
+            change(&mut spec);
+            let error = error(lab.launch(spec));
+            assert_eq!((error.kind, error.message.as_str()), (kind, text));
+            assert!(!lab.state_dir(id).join("exit.json").exists());
+        };
     use ShimErrorKind::*;
     check(
         "a",
@@ -117,16 +136,27 @@ fn a_sub_path_stays_in_its_volume() {
     let with = |lab: &Lab, id: &str, sub: &str| {
         let mut spec = lab.spec(id, &["cat", "/vol/f"]);
         let mut mount = bind(&volume, "/vol");
-        mount.source = MountSource::Bind { path: volume.clone(), sub_path: Some(sub.into()) };
+        mount.source = MountSource::Bind {
+            path: volume.clone(),
+            sub_path: Some(sub.into()),
+        };
         spec.mounts.push(mount);
         spec
     };
     let spec = with(&lab, "a", "fine");
     assert_eq!(lab.run_spec(spec).1, "inside\n");
-    for (id, bad) in [("b", "absolute"), ("c", "up"), ("d", "../x"), ("e", "up/new")] {
+    for (id, bad) in [
+        ("b", "absolute"),
+        ("c", "up"),
+        ("d", "../x"),
+        ("e", "up/new"),
+    ] {
         let spec = with(&lab, id, bad);
         let error = error(lab.launch(spec));
-        assert_eq!(error.message, format!("sub path {bad:?} leads outside its volume"));
+        assert_eq!(
+            error.message,
+            format!("sub path {bad:?} leads outside its volume")
+        );
     }
     let mut spec = with(&lab, "f", "made/now");
     spec.process.argv = vec!["touch".into(), "/vol/there".into()];
@@ -165,7 +195,14 @@ fn a_read_only_root_and_read_only_volumes_hold() {
     let mut lab = Lab::new();
     let volume = lab.dir.join("volume");
     std::fs::create_dir(&volume).unwrap();
-    let mut spec = lab.spec("a", &["sh", "-c", "touch /x; touch /vol/x; touch /dev/shm/x && echo shm"]);
+    let mut spec = lab.spec(
+        "a",
+        &[
+            "sh",
+            "-c",
+            "touch /x; touch /vol/x; touch /dev/shm/x && echo shm",
+        ],
+    );
     spec.rootfs.readonly = true;
     let mut mount = bind(&volume, "/vol");
     mount.readonly = true;
@@ -178,13 +215,21 @@ fn a_read_only_root_and_read_only_volumes_hold() {
 #[test]
 fn privileges_are_what_was_asked() {
     let mut lab = Lab::new();
-    let status = &["grep", "-E", "^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:)", "/proc/self/status"];
+    let status = &[
+        "grep",
+        "-E",
+        "^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:)",
+        "/proc/self/status",
+    ];
     let (_, log) = lab.run("a", status);
     let caps: u64 = DEFAULT_CAPS.iter().fold(0, |bits, n| bits | 1 << n);
     for name in ["CapPrm", "CapEff", "CapBnd"] {
         assert!(log.contains(&format!("{name}:\t{caps:016x}")), "{log}");
     }
-    assert!(log.contains("CapInh:\t0000000000000000") && log.contains("NoNewPrivs:\t0"), "{log}");
+    assert!(
+        log.contains("CapInh:\t0000000000000000") && log.contains("NoNewPrivs:\t0"),
+        "{log}"
+    );
     let mut spec = lab.spec("b", status);
     spec.process.uid = 1000;
     spec.process.gid = 1001;
@@ -193,8 +238,14 @@ fn privileges_are_what_was_asked() {
     spec.process.ambient_capabilities = vec![10];
     let (_, log) = lab.run_spec(spec);
     assert!(log.contains("Uid:\t1000\t1000\t1000\t1000"), "{log}");
-    assert!(log.contains("Gid:\t1001") && log.contains("Groups:\t5 2000"), "{log}");
-    assert!(log.contains("CapEff:\t0000000000000400") && log.contains("NoNewPrivs:\t1"), "{log}");
+    assert!(
+        log.contains("Gid:\t1001") && log.contains("Groups:\t5 2000"),
+        "{log}"
+    );
+    assert!(
+        log.contains("CapEff:\t0000000000000400") && log.contains("NoNewPrivs:\t1"),
+        "{log}"
+    );
     assert!(log.contains(&format!("CapBnd:\t{caps:016x}")), "{log}");
 }
 
@@ -217,7 +268,10 @@ fn no_mkdir() -> String {
     let alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::new();
     for group in program.chunks(3) {
-        let bits = group.iter().enumerate().fold(0u32, |b, (i, v)| b | u32::from(*v) << (16 - 8 * i));
+        let bits = group
+            .iter()
+            .enumerate()
+            .fold(0u32, |b, (i, v)| b | u32::from(*v) << (16 - 8 * i));
         for n in 0..4 {
             if n <= group.len() {
                 text.push(alphabet[(bits >> (18 - 6 * n) & 63) as usize] as char);
@@ -232,7 +286,12 @@ fn no_mkdir() -> String {
 #[test]
 fn a_system_call_filter_works_with_and_without_no_new_privileges() {
     let mut lab = Lab::new();
-    for (id, nnp, uid) in [("a", false, 0), ("b", true, 0), ("c", false, 1000), ("d", true, 1000)] {
+    for (id, nnp, uid) in [
+        ("a", false, 0),
+        ("b", true, 0),
+        ("c", false, 1000),
+        ("d", true, 1000),
+    ] {
         let script = "mkdir /tmp/x 2>/dev/null || echo refused; grep Seccomp: /proc/self/status";
         let mut spec = lab.spec(id, &["sh", "-c", script]);
         spec.process.seccomp = Some(no_mkdir());
@@ -246,7 +305,14 @@ fn a_system_call_filter_works_with_and_without_no_new_privileges() {
 #[test]
 fn limits_are_set_or_cut_with_a_warning() {
     let mut lab = Lab::new();
-    let mut spec = lab.spec("a", &["sh", "-c", "ulimit -n; ulimit -Hn; cat /proc/self/oom_score_adj"]);
+    let mut spec = lab.spec(
+        "a",
+        &[
+            "sh",
+            "-c",
+            "ulimit -n; ulimit -Hn; cat /proc/self/oom_score_adj",
+        ],
+    );
     spec.process.rlimits = vec![(7, 100, 200), (7, 50, 1 << 40)];
     spec.process.oom_score_adj = Some(500);
     let (_, log) = lab.run_spec(spec);
@@ -259,7 +325,11 @@ fn limits_are_set_or_cut_with_a_warning() {
 #[test]
 fn a_container_sees_its_own_cgroup_as_the_root() {
     let mut lab = Lab::new();
-    let limit = if lab.cgroups.len() > 1 { "memory.limit_in_bytes" } else { "memory.max" };
+    let limit = if lab.cgroups.len() > 1 {
+        "memory.limit_in_bytes"
+    } else {
+        "memory.max"
+    };
     std::fs::write(lab.container_cgroups("a")[0].join(limit), "67108864").unwrap();
     let script = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/memory.max";
     assert_eq!(lab.run("a", &["sh", "-c", script]).1, "67108864\n");
@@ -268,15 +338,30 @@ fn a_container_sees_its_own_cgroup_as_the_root() {
 #[test]
 fn a_terminal_is_a_terminal() {
     let mut lab = Lab::new();
-    let mut spec = lab.spec("a", &["sh", "-c", "tty; test -t 0 && echo yes; test -c /dev/console && echo console; sleep 1000"]);
+    let mut spec = lab.spec(
+        "a",
+        &[
+            "sh",
+            "-c",
+            "tty; test -t 0 && echo yes; test -c /dev/console && echo console; sleep 1000",
+        ],
+    );
     spec.tty = true;
     spec.stdin = true;
     lab.launch(spec).unwrap();
-    let resize = Request::Resize { target: "a".into(), width: 91, height: 33 };
+    let resize = Request::Resize {
+        target: "a".into(),
+        width: 91,
+        height: 33,
+    };
     lab.request(resize, vec![]).unwrap();
     let (code, text) = lab.exec("e", "a", &["sh", "-c", "stty size < /dev/console"]);
     assert_eq!((code, text.as_str()), (0, "33 91\n"));
-    let kill = Request::Signal { container_id: "a".into(), signal: 9, all: false };
+    let kill = Request::Signal {
+        container_id: "a".into(),
+        signal: 9,
+        all: false,
+    };
     lab.request(kill, vec![]).unwrap();
     lab.wait_exit("a");
     assert_eq!(log_text(&lab.log_path("a")), "/dev/pts/0\nyes\nconsole\n");
@@ -285,7 +370,11 @@ fn a_terminal_is_a_terminal() {
 #[test]
 fn a_memory_kill_is_seen_and_named() {
     let mut lab = Lab::new();
-    let limit = if lab.cgroups.len() > 1 { "memory.limit_in_bytes" } else { "memory.max" };
+    let limit = if lab.cgroups.len() > 1 {
+        "memory.limit_in_bytes"
+    } else {
+        "memory.max"
+    };
     std::fs::write(lab.cgroups[0].join(limit), (8 << 20).to_string()).unwrap();
     // The first process goes on when its child is killed.
     let script = "tail -c 209715200 /dev/zero >/dev/null; echo survived; sleep 1000";
@@ -295,14 +384,26 @@ fn a_memory_kill_is_seen_and_named() {
         Event::Oom { container_id } => assert_eq!(container_id, "a"),
         other => panic!("{other:?}"),
     }
-    lab.request(Request::Signal { container_id: "a".into(), signal: 9, all: true }, vec![]).unwrap();
+    lab.request(
+        Request::Signal {
+            container_id: "a".into(),
+            signal: 9,
+            all: true,
+        },
+        vec![],
+    )
+    .unwrap();
     assert!(lab.wait_exit("a").oom_killed);
 }
 
 #[test]
 fn a_container_starts_within_one_mebibyte() {
     let mut lab = Lab::new();
-    let limit = if lab.cgroups.len() > 1 { "memory.limit_in_bytes" } else { "memory.max" };
+    let limit = if lab.cgroups.len() > 1 {
+        "memory.limit_in_bytes"
+    } else {
+        "memory.max"
+    };
     std::fs::write(lab.cgroups[0].join(limit), (1 << 20).to_string()).unwrap();
     let (exit, _) = lab.run("a", &["true"]);
     assert_eq!((exit.exit_code, exit.oom_killed), (0, false));
@@ -332,12 +433,22 @@ fn containers_of_a_pod_can_share_processes() {
 #[test]
 fn what_a_container_leaves_behind_is_killed_with_it() {
     let mut lab = Lab::new();
-    let mut spec = lab.spec("a", &["sh", "-c", "setsid sleep 1000 & setsid sh -c 'sleep 1001 &' ; exit 3"]);
+    let mut spec = lab.spec(
+        "a",
+        &[
+            "sh",
+            "-c",
+            "setsid sleep 1000 & setsid sh -c 'sleep 1001 &' ; exit 3",
+        ],
+    );
     spec.pid_namespace = PidNamespace::Host;
     let (exit, _) = lab.run_spec(spec);
     assert_eq!(exit.exit_code, 3);
     for _ in 0..1000 {
-        if std::fs::read_to_string(lab.cgroups[0].join("a/cgroup.procs")).unwrap().is_empty() {
+        if std::fs::read_to_string(lab.cgroups[0].join("a/cgroup.procs"))
+            .unwrap()
+            .is_empty()
+        {
             return;
         }
         std::thread::yield_now();
@@ -354,7 +465,9 @@ fn a_launch_repeated_tells_the_state_and_a_forgotten_container_is_gone() {
         Reply::Started(state) => assert_eq!(state.exit, Some(exit)),
         other => panic!("{other:?}"),
     }
-    let forget = || Request::Forget { container_id: "a".into() };
+    let forget = || Request::Forget {
+        container_id: "a".into(),
+    };
     lab.request(forget(), vec![]).unwrap();
     lab.request(forget(), vec![]).unwrap();
     let mut conn = connect(&lab.socket);

@@ -1,4 +1,9 @@
 //! Logs under rotation, exec, attach, and lives that do not depend on one another. Needs root.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on stops"
+)]
 
 mod common;
 
@@ -11,10 +16,15 @@ use std::time::Duration;
 
 /// All lines of a log and its rotated files, oldest first.
 fn all_lines(log: &Path) -> Vec<String> {
-    let mut names: Vec<_> =
-        std::fs::read_dir(log.parent().unwrap()).unwrap().map(|e| e.unwrap().path()).collect();
+    let mut names: Vec<_> = std::fs::read_dir(log.parent().unwrap())
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .collect();
     names.sort_by_key(|p| (p == log, p.clone()));
-    names.iter().flat_map(|p| log_text(p).lines().map(str::to_owned).collect::<Vec<_>>()).collect()
+    names
+        .iter()
+        .flat_map(|p| log_text(p).lines().map(str::to_owned).collect::<Vec<_>>())
+        .collect()
 }
 
 #[test]
@@ -27,7 +37,12 @@ fn rotation_under_a_fast_writer_loses_no_line() {
     assert_eq!(exit.exit_code, 0);
     let lines = all_lines(&lab.log_path("a"));
     assert_eq!(lines.len(), 300_000);
-    assert!(lines.iter().enumerate().all(|(n, line)| *line == (n + 1).to_string()));
+    assert!(
+        lines
+            .iter()
+            .enumerate()
+            .all(|(n, line)| *line == (n + 1).to_string())
+    );
     for entry in std::fs::read_dir(lab.log_path("a").parent().unwrap()).unwrap() {
         assert!(entry.unwrap().metadata().unwrap().len() <= 256 * 1024);
     }
@@ -44,10 +59,19 @@ fn a_log_moved_away_is_continued_in_a_new_file() {
         std::thread::yield_now();
     }
     std::fs::rename(&log, &moved).unwrap();
-    lab.request(Request::ReopenLog { container_id: "a".into() }, vec![]).unwrap();
+    lab.request(
+        Request::ReopenLog {
+            container_id: "a".into(),
+        },
+        vec![],
+    )
+    .unwrap();
     lab.exec("e", "a", &["touch", "/go"]);
     lab.wait_exit("a");
-    assert_eq!((log_text(&moved).as_str(), log_text(&log).as_str()), ("one\n", "two\n"));
+    assert_eq!(
+        (log_text(&moved).as_str(), log_text(&log).as_str()),
+        ("one\n", "two\n")
+    );
 }
 
 #[test]
@@ -55,20 +79,43 @@ fn a_session_has_its_own_exit_code_streams_and_environment() {
     let mut lab = Lab::new();
     let spec = lab.spec("a", &["sleep", "1000"]);
     lab.launch(spec).unwrap();
-    let (code, text) = lab.exec("e1", "a", &["sh", "-c", "echo hello; echo $HOME >&2; hostname; exit 9"]);
+    let (code, text) = lab.exec(
+        "e1",
+        "a",
+        &["sh", "-c", "echo hello; echo $HOME >&2; hostname; exit 9"],
+    );
     assert_eq!((code, text.as_str()), (9, "hello\n/\nbox\n"));
-    let (code, text) = lab.exec("e2", "a", &["grep", "-E", "CapEff|CapBnd", "/proc/self/status"]);
+    let (code, text) = lab.exec(
+        "e2",
+        "a",
+        &["grep", "-E", "CapEff|CapBnd", "/proc/self/status"],
+    );
     assert_eq!(code, 0);
     assert!(!text.contains("ffffff"), "{text}");
-    let (_, text) = lab.exec("e3", "a", &["sh", "-c", "ls -l /proc/self/fd 2>/dev/null | wc -l; ps -o comm | head -n 2"]);
+    let (_, text) = lab.exec(
+        "e3",
+        "a",
+        &[
+            "sh",
+            "-c",
+            "ls -l /proc/self/fd 2>/dev/null | wc -l; ps -o comm | head -n 2",
+        ],
+    );
     // total, 0, 1, 2, and ls's own directory.
     assert_eq!(text.lines().next(), Some("5"), "{text}");
     let mut missing = lab.exec_spec("e4", "a", &["nope"]);
-    let error = lab.request(Request::Exec(Box::new(missing.clone())), vec![]).unwrap_err();
+    let error = lab
+        .request(Request::Exec(Box::new(missing.clone())), vec![])
+        .unwrap_err();
     assert_eq!(error.kind, ShimErrorKind::CommandNotFound);
-    assert_eq!(error.message, r#"exec: "nope": executable file not found in $PATH"#);
+    assert_eq!(
+        error.message,
+        r#"exec: "nope": executable file not found in $PATH"#
+    );
     missing.container_id = "b".into();
-    let error = lab.request(Request::Exec(Box::new(missing)), vec![]).unwrap_err();
+    let error = lab
+        .request(Request::Exec(Box::new(missing)), vec![])
+        .unwrap_err();
     assert_eq!(error.kind, ShimErrorKind::NotFound);
 }
 
@@ -80,8 +127,13 @@ fn a_sessions_stdin_is_the_clients() {
     let (in_read, in_write) = linux::event::pipe().unwrap();
     let (out_read, out_write) = linux::event::pipe().unwrap();
     let mut spec = lab.exec_spec("e", "a", &["cat"]);
-    spec.stdio = Stdio { stdin: true, stdout: true, stderr: false };
-    lab.request(Request::Exec(Box::new(spec)), vec![in_read, out_write]).unwrap();
+    spec.stdio = Stdio {
+        stdin: true,
+        stdout: true,
+        stderr: false,
+    };
+    lab.request(Request::Exec(Box::new(spec)), vec![in_read, out_write])
+        .unwrap();
     linux::event::write(in_write.as_fd(), b"through").unwrap();
     drop(in_write);
     assert_eq!(read_all(out_read), "through");
@@ -93,14 +145,29 @@ fn a_session_with_a_terminal_hands_out_its_master_side() {
     let mut lab = Lab::new();
     let spec = lab.spec("a", &["sleep", "1000"]);
     lab.launch(spec).unwrap();
-    let mut spec = lab.exec_spec("e", "a", &["sh", "-c", "tty; read x; echo got $x; stty size"]);
+    let mut spec = lab.exec_spec(
+        "e",
+        "a",
+        &["sh", "-c", "tty; read x; echo got $x; stty size"],
+    );
     spec.tty = true;
     lab.request(Request::Exec(Box::new(spec)), vec![]).unwrap();
     let master = lab.conn.take_fds(1).unwrap().remove(0);
-    lab.request(Request::Resize { target: "e".into(), width: 77, height: 22 }, vec![]).unwrap();
+    lab.request(
+        Request::Resize {
+            target: "e".into(),
+            width: 77,
+            height: 22,
+        },
+        vec![],
+    )
+    .unwrap();
     linux::event::write(master.as_fd(), b"word\n").unwrap();
     let text = read_all(master);
-    assert!(text.contains("/dev/pts/0") && text.contains("got word") && text.contains("22 77"), "{text}");
+    assert!(
+        text.contains("/dev/pts/0") && text.contains("got word") && text.contains("22 77"),
+        "{text}"
+    );
     assert_eq!(lab.wait_exec("e"), 0);
 }
 
@@ -113,17 +180,28 @@ fn a_killed_session_leaves_nothing_and_the_container_goes_on() {
     let script = "setsid sh -c 'sleep 2000 & sleep 2001' & sleep 2002 & echo up; sleep 2003";
     let mut spec = lab.exec_spec("e", "a", &["sh", "-c", script]);
     spec.stdio.stdout = true;
-    lab.request(Request::Exec(Box::new(spec)), vec![write]).unwrap();
+    lab.request(Request::Exec(Box::new(spec)), vec![write])
+        .unwrap();
     let mut buffer = [0; 16];
     assert_eq!(linux::event::read(read.as_fd(), &mut buffer).unwrap(), 3);
-    lab.request(Request::ExecKill { exec_id: "e".into() }, vec![]).unwrap();
+    lab.request(
+        Request::ExecKill {
+            exec_id: "e".into(),
+        },
+        vec![],
+    )
+    .unwrap();
     assert_eq!(lab.wait_exec("e"), 137);
     // The pipe ends when the last of them is gone.
     assert_eq!(read_all(read), "");
     let (_, text) = lab.exec("e2", "a", &["sh", "-c", "ps | grep -c '[s]leep 200'"]);
     assert_eq!(text, "0\n");
     for dir in lab.container_cgroups("a") {
-        assert!(!std::fs::read_dir(dir).unwrap().any(|e| e.unwrap().path().is_dir()));
+        assert!(
+            !std::fs::read_dir(dir)
+                .unwrap()
+                .any(|e| e.unwrap().path().is_dir())
+        );
     }
 }
 
@@ -132,24 +210,46 @@ fn what_a_session_leaves_running_belongs_to_the_container() {
     let mut lab = Lab::new();
     let spec = lab.spec("a", &["sleep", "1000"]);
     lab.launch(spec).unwrap();
-    let (code, _) = lab.exec("e", "a", &["sh", "-c", "setsid sleep 2000 >/dev/null 2>&1 & exit 0"]);
+    let (code, _) = lab.exec(
+        "e",
+        "a",
+        &["sh", "-c", "setsid sleep 2000 >/dev/null 2>&1 & exit 0"],
+    );
     assert_eq!(code, 0);
     let (_, text) = lab.exec("e2", "a", &["sh", "-c", "ps | grep -c '[s]leep 2000'"]);
     assert_eq!(text, "1\n");
-    lab.request(Request::Signal { container_id: "a".into(), signal: 9, all: true }, vec![]).unwrap();
+    lab.request(
+        Request::Signal {
+            container_id: "a".into(),
+            signal: 9,
+            all: true,
+        },
+        vec![],
+    )
+    .unwrap();
     lab.wait_exit("a");
 }
 
 #[test]
 fn an_attached_client_sees_and_feeds_the_container() {
     let mut lab = Lab::new();
-    let mut spec = lab.spec("a", &["sh", "-c", "while read x; do echo got $x; done; echo end"]);
+    let mut spec = lab.spec(
+        "a",
+        &["sh", "-c", "while read x; do echo got $x; done; echo end"],
+    );
     (spec.stdin, spec.stdin_once) = (true, true);
     lab.launch(spec).unwrap();
     let (in_read, in_write) = linux::event::pipe().unwrap();
     let (out_read, out_write) = linux::event::pipe().unwrap();
-    let stdio = Stdio { stdin: true, stdout: true, stderr: false };
-    let attach = Request::Attach { container_id: "a".into(), stdio };
+    let stdio = Stdio {
+        stdin: true,
+        stdout: true,
+        stderr: false,
+    };
+    let attach = Request::Attach {
+        container_id: "a".into(),
+        stdio,
+    };
     lab.request(attach, vec![in_read, out_write]).unwrap();
     linux::event::write(in_write.as_fd(), b"one\ntwo\n").unwrap();
     drop(in_write);
@@ -161,26 +261,70 @@ fn an_attached_client_sees_and_feeds_the_container() {
 #[test]
 fn a_client_that_does_not_read_does_not_stop_the_container() {
     let mut lab = Lab::new();
-    let mut spec = lab.spec("a", &["sh", "-c", "while [ ! -e /go ]; do sleep 0.01; done; seq 1 400000"]);
+    let mut spec = lab.spec(
+        "a",
+        &[
+            "sh",
+            "-c",
+            "while [ ! -e /go ]; do sleep 0.01; done; seq 1 400000",
+        ],
+    );
     spec.log = None;
     lab.launch(spec).unwrap();
     let (_out_read, out_write) = linux::event::pipe().unwrap();
-    let stdio = Stdio { stdin: false, stdout: true, stderr: false };
-    lab.request(Request::Attach { container_id: "a".into(), stdio }, vec![out_write]).unwrap();
+    let stdio = Stdio {
+        stdin: false,
+        stdout: true,
+        stderr: false,
+    };
+    lab.request(
+        Request::Attach {
+            container_id: "a".into(),
+            stdio,
+        },
+        vec![out_write],
+    )
+    .unwrap();
     lab.exec("e", "a", &["touch", "/go"]);
     assert_eq!(lab.wait_exit("a").exit_code, 0);
 }
 
 #[test]
+fn a_session_ends_with_the_client_that_asked_for_it() {
+    let mut lab = Lab::new();
+    let spec = lab.spec("a", &["sleep", "1000"]);
+    lab.launch(spec).unwrap();
+    let (read, write) = linux::event::pipe().unwrap();
+    let mut spec = lab.exec_spec(
+        "e",
+        "a",
+        &["sh", "-c", "setsid sleep 2000 & echo up; sleep 2001"],
+    );
+    spec.stdio.stdout = true;
+    lab.request(Request::Exec(Box::new(spec)), vec![write])
+        .unwrap();
+    let socket = lab.socket.clone();
+    lab.conn = connect(&socket);
+    assert_eq!(read_all(read), "up\n");
+    match lab.conn.receive().unwrap() {
+        FromShim::Snapshot(snapshot) => assert_eq!(snapshot.containers[0].exit, None),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn an_exit_while_nobody_is_connected_is_in_the_next_snapshot() {
     let mut lab = Lab::new();
-    let spec = lab.spec("a", &["sh", "-c", "while [ ! -e /go ]; do sleep 0.01; done; echo late; exit 5"]);
+    let volume = lab.dir.join("volume");
+    std::fs::create_dir(&volume).unwrap();
+    let script = "while [ ! -e /vol/go ]; do sleep 0.01; done; echo late; exit 5";
+    let mut spec = lab.spec("a", &["sh", "-c", script]);
+    spec.mounts.push(bind(&volume, "/vol"));
     lab.launch(spec).unwrap();
-    let id = lab.send(Request::Exec(Box::new(lab.exec_spec("e", "a", &["touch", "/go"]))), vec![]);
-    assert!(id > 0);
     // Gone without a word, as a killed agent is.
     let socket = lab.socket.clone();
     lab.conn = connect(&socket);
+    std::fs::write(volume.join("go"), "").unwrap();
     let record = lab.state_dir("a").join("exit.json");
     while !record.exists() {
         std::thread::yield_now();
@@ -198,7 +342,11 @@ fn an_exit_while_nobody_is_connected_is_in_the_next_snapshot() {
 
 #[test]
 fn a_shim_ignores_polite_signals_and_takes_its_containers_with_it_when_killed() {
-    for namespace in [PidNamespace::Container, PidNamespace::Pod, PidNamespace::Host] {
+    for namespace in [
+        PidNamespace::Container,
+        PidNamespace::Pod,
+        PidNamespace::Host,
+    ] {
         let mut lab = Lab::with(|spec| spec.share_pid = true);
         for (id, uid) in [("a", 0), ("b", 1000)] {
             let mut spec = lab.spec(id, &["sleep", "1000"]);
@@ -222,7 +370,10 @@ fn a_shim_ignores_polite_signals_and_takes_its_containers_with_it_when_killed() 
         }
         lab.shim.pidfd.send_signal(9).unwrap();
         for (id, fd) in pids {
-            assert!(fd.wait_exited(Duration::from_secs(10)).unwrap(), "{id} lives in {namespace:?}");
+            assert!(
+                fd.wait_exited(Duration::from_secs(10)).unwrap(),
+                "{id} lives in {namespace:?}"
+            );
         }
         let _ = linux::process::namespace::unpin_net(&lab.dir.join("netns"));
     }
@@ -235,7 +386,10 @@ fn shutdown_kills_unpins_and_removes_everything() {
     lab.launch(spec).unwrap();
     let netns = lab.dir.join("netns");
     assert!(netns.exists());
-    assert!(matches!(lab.request(Request::Shutdown, vec![]), Ok(Reply::Done)));
+    assert!(matches!(
+        lab.request(Request::Shutdown, vec![]),
+        Ok(Reply::Done)
+    ));
     assert!(lab.shim.pidfd.wait_exited(Duration::from_secs(10)).unwrap());
     assert!(!netns.exists() && !lab.socket.exists());
     assert!(lab.state_dir("a").join("exit.json").exists());

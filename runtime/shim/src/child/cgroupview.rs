@@ -38,27 +38,44 @@ pub(crate) fn prepare(cgroups: &[PathBuf], namespace: bool) -> Result<CgroupView
         } else {
             mount::clone_path(dir, true)
         };
-        return made.map(CgroupView::Unified).map_err(|e| system(what(dir), &e));
+        return made
+            .map(CgroupView::Unified)
+            .map_err(|e| system(what(dir), &e));
     }
     let mut list = Vec::new();
     for dir in cgroups {
         if let Some(name) = hierarchy_name(dir) {
-            list.push((name, mount::clone_path(dir, false).map_err(|e| system(what(dir), &e))?));
+            list.push((
+                name,
+                mount::clone_path(dir, false).map_err(|e| system(what(dir), &e))?,
+            ));
         }
     }
     Ok(CgroupView::Hierarchies(list))
 }
 
 /// Put the view on `target`.
-pub(crate) fn attach(view: CgroupView, target: BorrowedFd<'_>, attrs: MountAttrs) -> io::Result<()> {
-    let attrs = MountAttrs { nosuid: true, nodev: true, noexec: true, ..attrs };
+pub(crate) fn attach(
+    view: CgroupView,
+    target: BorrowedFd<'_>,
+    attrs: MountAttrs,
+) -> io::Result<()> {
+    let attrs = MountAttrs {
+        nosuid: true,
+        nodev: true,
+        noexec: true,
+        ..attrs
+    };
     match view {
         CgroupView::Unified(tree) => {
             mount::add_attrs(tree.as_fd(), attrs, true)?;
             mount::attach(tree.as_fd(), target)
         }
         CgroupView::Hierarchies(list) => {
-            let writable = MountAttrs { readonly: false, ..attrs };
+            let writable = MountAttrs {
+                readonly: false,
+                ..attrs
+            };
             let options = ["mode=755".to_owned(), "size=64k".into()];
             let tmpfs = mount::filesystem("tmpfs", "cgroup", &options, writable)?;
             mount::attach(tmpfs.as_fd(), target)?;
@@ -82,7 +99,10 @@ mod tests {
     #[test]
     fn a_hierarchy_is_named_by_its_mount_point() {
         let name = |path: &str| hierarchy_name(Path::new(path));
-        assert_eq!(name("/sys/fs/cgroup/cpu,cpuacct/a/b").as_deref(), Some("cpu,cpuacct"));
+        assert_eq!(
+            name("/sys/fs/cgroup/cpu,cpuacct/a/b").as_deref(),
+            Some("cpu,cpuacct")
+        );
         assert_eq!(name("/sys/fs/cgroup").as_deref(), None);
         assert_eq!(name("/elsewhere/memory/a").as_deref(), None);
     }

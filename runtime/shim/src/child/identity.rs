@@ -39,14 +39,24 @@ pub(crate) fn become_and_execute(
     let have = linux::caps::permitted().map_err(|e| system("read capabilities", &e))?;
     // A capability this shim does not hold cannot be given (a node without CAP_SYS_RESOURCE).
     let wanted = (wanted | ambient) & have;
-    let given: Vec<u8> =
-        process.ambient_capabilities.iter().copied().filter(|n| *n < 64 && have & (1 << n) != 0).collect();
+    let given: Vec<u8> = process
+        .ambient_capabilities
+        .iter()
+        .copied()
+        .filter(|n| *n < 64 && have & (1 << n) != 0)
+        .collect();
     let ambient = linux::caps::bits(&given);
 
-    step("limit the bounding set", linux::caps::limit_bounding(wanted, last_capability))?;
+    step(
+        "limit the bounding set",
+        linux::caps::limit_bounding(wanted, last_capability),
+    )?;
     step("keep capabilities", attrs::keep_capabilities(true))?;
     linux::user::become_user(process.uid, process.gid, &process.groups).map_err(|e| {
-        system(format_args!("become user {}:{}", process.uid, process.gid), &e)
+        system(
+            format_args!("become user {}:{}", process.uid, process.gid),
+            &e,
+        )
     })?;
     // A directory only the user may enter (root squashed over a network) is tried again as him.
     entered.or_else(|_| enter_directory(&process.cwd))?;
@@ -58,7 +68,10 @@ pub(crate) fn become_and_execute(
     } else {
         wanted
     };
-    step("set capabilities", linux::caps::set(until_filter, until_filter, ambient))?;
+    step(
+        "set capabilities",
+        linux::caps::set(until_filter, until_filter, ambient),
+    )?;
     step("set ambient capabilities", linux::caps::set_ambient(&given))?;
     step("set the death signal", attrs::die_with_parent())?;
     step("mark descriptors", attrs::close_on_exec_from(3))?;
@@ -67,7 +80,10 @@ pub(crate) fn become_and_execute(
     if let Some(filter) = filter {
         step("load the seccomp filter", attrs::load_seccomp(&filter))?;
         if until_filter != wanted {
-            step("set capabilities", linux::caps::set(wanted, wanted, ambient))?;
+            step(
+                "set capabilities",
+                linux::caps::set(wanted, wanted, ambient),
+            )?;
         }
     }
     prepared.execute().map_err(exec_error)
@@ -82,7 +98,10 @@ fn set_limits(process: &ProcessSpec, note: &NoteSender) -> Result<(), ShimError>
                 note.send(&Note::Warning(text), None);
             }
             Err(error) => {
-                return Err(bad_request(format_args!("set resource limit {resource}"), &error));
+                return Err(bad_request(
+                    format_args!("set resource limit {resource}"),
+                    &error,
+                ));
             }
         }
     }
@@ -129,5 +148,9 @@ fn exec_error(error: ExecError) -> ShimError {
         ExecError::BadArguments { .. } => ShimErrorKind::BadRequest,
         ExecError::Other { .. } => ShimErrorKind::System,
     };
-    ShimError { kind, errno: error.errno(), message: error.to_string() }
+    ShimError {
+        kind,
+        errno: error.errno(),
+        message: error.to_string(),
+    }
 }

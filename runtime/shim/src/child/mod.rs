@@ -82,7 +82,10 @@ fn container(
     let last_capability =
         linux::caps::last_capability().map_err(|e| system("read the last capability", &e))?;
     if spec.cgroup_namespace {
-        let which = Namespaces { cgroup: true, ..Namespaces::default() };
+        let which = Namespaces {
+            cgroup: true,
+            ..Namespaces::default()
+        };
         namespace::unshare(which).map_err(|e| system("make a cgroup namespace", &e))?;
     }
     rootfs::build(spec)?;
@@ -109,7 +112,11 @@ fn exec_session(
     adjust_oom_score(spec.process.oom_score_adj, note)?;
     let last_capability =
         linux::caps::last_capability().map_err(|e| system("read the last capability", &e))?;
-    let which = Namespaces { mount: true, cgroup: cgroup_namespace, ..Namespaces::default() };
+    let which = Namespaces {
+        mount: true,
+        cgroup: cgroup_namespace,
+        ..Namespaces::default()
+    };
     namespace::join(target, which).map_err(|e| system("join the container's namespaces", &e))?;
     if spec.tty {
         let slave = terminal(spec.process.uid, note)?;
@@ -152,7 +159,10 @@ fn adjust_oom_score(value: Option<i32>, note: &NoteSender) -> Result<(), ShimErr
     match attrs::set_oom_score_adj(value) {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            note.send(&Note::Warning(format!("oom_score_adj {value} was refused")), None);
+            note.send(
+                &Note::Warning(format!("oom_score_adj {value} was refused")),
+                None,
+            );
             Ok(())
         }
         Err(error) => Err(system(format_args!("set oom_score_adj {value}"), &error)),
@@ -187,5 +197,9 @@ fn install(stdio: &ChildStdio) -> Result<(), ShimError> {
 
 /// `/dev/null`, for streams nobody connected.
 pub(crate) fn dev_null() -> io::Result<OwnedFd> {
-    Ok(std::fs::File::options().read(true).write(true).open(Path::new("/dev/null"))?.into())
+    Ok(std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(Path::new("/dev/null"))?
+        .into())
 }

@@ -24,15 +24,21 @@ enum Source<'a> {
     /// A detached tree.
     Tree(OwnedFd),
     /// Made at its turn, because it depends on what is mounted before (proc, sysfs).
-    Filesystem { fstype: &'a str, options: &'a [String] },
+    Filesystem {
+        fstype: &'a str,
+        options: &'a [String],
+    },
     /// `/sys/fs/cgroup`.
     Cgroup(CgroupView),
 }
 
 /// Build all of it and pivot into it. The working directory is `/` afterwards.
 pub(crate) fn build(spec: &LaunchSpec) -> Result<(), ShimError> {
-    let sources =
-        spec.mounts.iter().map(|m| take_source(m, spec)).collect::<Result<Vec<_>, _>>()?;
+    let sources = spec
+        .mounts
+        .iter()
+        .map(|m| take_source(m, spec))
+        .collect::<Result<Vec<_>, _>>()?;
     let null =
         mount::open_path(Path::new("/dev/null")).map_err(|e| system("open /dev/null", &e))?;
     mount::make_all_private().map_err(|e| system("make mounts private", &e))?;
@@ -54,7 +60,10 @@ pub(crate) fn build(spec: &LaunchSpec) -> Result<(), ShimError> {
     mask_paths(root.as_fd(), &spec.masked_paths, null.as_fd())?;
     protect_paths(root.as_fd(), &spec.readonly_paths)?;
     if spec.rootfs.readonly {
-        let attrs = MountAttrs { readonly: true, ..MountAttrs::default() };
+        let attrs = MountAttrs {
+            readonly: true,
+            ..MountAttrs::default()
+        };
         mount::add_attrs(root.as_fd(), attrs, false)
             .map_err(|e| system("make the root filesystem read-only", &e))?;
     }
@@ -148,15 +157,19 @@ fn attach_mount(
             mount::set_peering(tree.as_fd(), peering).map_err(what)?;
             mount::add_attrs(tree.as_fd(), attrs, false).map_err(what)?;
             if mount.recursive_readonly {
-                let readonly = MountAttrs { readonly: true, ..MountAttrs::default() };
+                let readonly = MountAttrs {
+                    readonly: true,
+                    ..MountAttrs::default()
+                };
                 mount::add_attrs(tree.as_fd(), readonly, true).map_err(what)?;
             }
             mount::attach(tree.as_fd(), target.as_fd()).map_err(what)
         }
         Source::Filesystem { fstype, options } => {
             let target = directory(root)?;
-            let made = mount::filesystem(fstype, fstype, options, attrs)
-                .map_err(|e| bad_request(format_args!("mount {fstype} at {:?}", mount.target), &e))?;
+            let made = mount::filesystem(fstype, fstype, options, attrs).map_err(|e| {
+                bad_request(format_args!("mount {fstype} at {:?}", mount.target), &e)
+            })?;
             mount::attach(made.as_fd(), target.as_fd()).map_err(what)
         }
         Source::Cgroup(view) => {
@@ -184,7 +197,10 @@ fn make_device(root: BorrowedFd<'_>, device: &DeviceSpec) -> Result<(), ShimErro
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         // Nodes may not be made here (a user namespace, a device rule): bind the host's.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            let host = device.host_path.as_deref().unwrap_or(Path::new(&device.path));
+            let host = device
+                .host_path
+                .as_deref()
+                .unwrap_or(Path::new(&device.path));
             let tree = mount::clone_path(host, false).map_err(what)?;
             let target = resolve::make_file(root, &device.path).map_err(what)?;
             mount::attach(tree.as_fd(), target.as_fd()).map_err(what)
@@ -218,17 +234,26 @@ fn ensure_working_directory(root: BorrowedFd<'_>, cwd: &str) -> Result<(), ShimE
     match resolve::make_dirs(root, cwd, 0o755) {
         Ok(_) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotADirectory => Err(not_a_directory(cwd)),
-        Err(error) => Err(bad_request(format_args!("make working directory {cwd:?}"), &error)),
+        Err(error) => Err(bad_request(
+            format_args!("make working directory {cwd:?}"),
+            &error,
+        )),
     }
 }
 
-fn mask_paths(root: BorrowedFd<'_>, paths: &[String], null: BorrowedFd<'_>) -> Result<(), ShimError> {
+fn mask_paths(
+    root: BorrowedFd<'_>,
+    paths: &[String],
+    null: BorrowedFd<'_>,
+) -> Result<(), ShimError> {
     // One empty filesystem serves all masked directories: attached to the first, copied for the
     // rest (before Linux 6.15 only an attached mount can be copied).
     let mut empty: Option<OwnedFd> = None;
     for path in paths {
         let what = |e: io::Error| system(format_args!("mask {path:?}"), &e);
-        let Some(target) = lookup_if_present(root, path).map_err(what)? else { continue };
+        let Some(target) = lookup_if_present(root, path).map_err(what)? else {
+            continue;
+        };
         if !resolve::is_dir(target.as_fd()).map_err(what)? {
             let tree = mount::clone_fd(null, false).map_err(what)?;
             mount::attach(tree.as_fd(), target.as_fd()).map_err(what)?;
@@ -236,8 +261,17 @@ fn mask_paths(root: BorrowedFd<'_>, paths: &[String], null: BorrowedFd<'_>) -> R
             let tree = mount::clone_fd(first.as_fd(), false).map_err(what)?;
             mount::attach(tree.as_fd(), target.as_fd()).map_err(what)?;
         } else {
-            let attrs = MountAttrs { readonly: true, nosuid: true, nodev: true, noexec: true };
-            let options = ["size=4k".to_owned(), "nr_inodes=2".into(), "mode=555".into()];
+            let attrs = MountAttrs {
+                readonly: true,
+                nosuid: true,
+                nodev: true,
+                noexec: true,
+            };
+            let options = [
+                "size=4k".to_owned(),
+                "nr_inodes=2".into(),
+                "mode=555".into(),
+            ];
             let tree = mount::filesystem("tmpfs", "tmpfs", &options, attrs).map_err(what)?;
             mount::attach(tree.as_fd(), target.as_fd()).map_err(what)?;
             empty = Some(tree);
@@ -249,9 +283,14 @@ fn mask_paths(root: BorrowedFd<'_>, paths: &[String], null: BorrowedFd<'_>) -> R
 fn protect_paths(root: BorrowedFd<'_>, paths: &[String]) -> Result<(), ShimError> {
     for path in paths {
         let what = |e: io::Error| system(format_args!("make {path:?} read-only"), &e);
-        let Some(target) = lookup_if_present(root, path).map_err(what)? else { continue };
+        let Some(target) = lookup_if_present(root, path).map_err(what)? else {
+            continue;
+        };
         let tree = mount::clone_fd(target.as_fd(), true).map_err(what)?;
-        let attrs = MountAttrs { readonly: true, ..MountAttrs::default() };
+        let attrs = MountAttrs {
+            readonly: true,
+            ..MountAttrs::default()
+        };
         mount::add_attrs(tree.as_fd(), attrs, true).map_err(what)?;
         mount::attach(tree.as_fd(), target.as_fd()).map_err(what)?;
     }

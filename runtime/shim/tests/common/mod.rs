@@ -1,8 +1,13 @@
 //! A shim under test with a tiny root filesystem and cgroups of its own.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on stops"
+)]
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
-use pod_shim::client::{Connection, ShimProcess, ShimStart, spawn_shim};
 use linux::process::spawn::SealedProgram;
+use pod_shim::client::{Connection, ShimProcess, ShimStart, spawn_shim};
 use pod_shim::protocol::*;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -35,7 +40,10 @@ fn busybox() -> PathBuf {
             .args(["install", "-y", "-qq", "busybox-static"])
             .status()
             .unwrap();
-        assert!(done.success(), "busybox-static is needed and could not be installed");
+        assert!(
+            done.success(),
+            "busybox-static is needed and could not be installed"
+        );
     }
     path
 }
@@ -62,7 +70,10 @@ fn make_cgroups(name: &str) -> Vec<PathBuf> {
         let _ = std::fs::write(base.join("cgroup.subtree_control"), "+memory +pids");
         vec![base.to_owned()]
     } else {
-        ["memory", "pids", "freezer", "cpu", "devices"].iter().map(|h| base.join(h)).collect()
+        ["memory", "pids", "freezer", "cpu", "devices"]
+            .iter()
+            .map(|h| base.join(h))
+            .collect()
     };
     parents
         .iter()
@@ -90,13 +101,24 @@ impl Lab {
         let socket = dir.join("s.sock");
         // One copy in memory for all, as the agent has it.
         static PROGRAM: OnceLock<SealedProgram> = OnceLock::new();
-        let program = PROGRAM
-            .get_or_init(|| SealedProgram::from_file(Path::new(&shim_path())).unwrap());
-        let start = ShimStart { dir: &dir, socket: &socket, log: &dir.join("shim.log") };
+        let program =
+            PROGRAM.get_or_init(|| SealedProgram::from_file(Path::new(&shim_path())).unwrap());
+        let start = ShimStart {
+            dir: &dir,
+            socket: &socket,
+            log: &dir.join("shim.log"),
+        };
         let shim = spawn_shim(program, &start).unwrap();
         let conn = connect(&socket);
-        let mut lab =
-            Self { dir, cgroups, socket, shim, conn, next_id: 1, events: Vec::new() };
+        let mut lab = Self {
+            dir,
+            cgroups,
+            socket,
+            shim,
+            conn,
+            next_id: 1,
+            events: Vec::new(),
+        };
         let snapshot = lab.conn.receive().unwrap();
         assert!(matches!(snapshot, FromShim::Snapshot(s) if s.sandbox_id.is_none()));
         let mut spec = SandboxSpec {
@@ -126,7 +148,11 @@ impl Lab {
         id
     }
 
-    pub(crate) fn request(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<Reply, ShimError> {
+    pub(crate) fn request(
+        &mut self,
+        request: Request,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Reply, ShimError> {
         let wanted = self.send(request, fds);
         loop {
             match self.conn.receive().unwrap() {
@@ -220,26 +246,42 @@ impl Lab {
                 options: vec![],
             },
             mounts: standard_mounts(),
-            devices: [("null", 3), ("zero", 5), ("full", 7), ("random", 8), ("urandom", 9)]
-                .map(|(name, minor)| DeviceSpec {
-                    path: format!("/dev/{name}"),
-                    host_path: None,
-                    kind: 'c',
-                    major: 1,
-                    minor,
-                    mode: 0o666,
-                    uid: 0,
-                    gid: 0,
-                })
-                .to_vec(),
-            masked_paths: ["/proc/kcore", "/proc/timer_list", "/proc/scsi", "/sys/firmware", "/proc/none"]
-                .map(String::from)
-                .to_vec(),
+            devices: [
+                ("null", 3),
+                ("zero", 5),
+                ("full", 7),
+                ("random", 8),
+                ("urandom", 9),
+            ]
+            .map(|(name, minor)| DeviceSpec {
+                path: format!("/dev/{name}"),
+                host_path: None,
+                kind: 'c',
+                major: 1,
+                minor,
+                mode: 0o666,
+                uid: 0,
+                gid: 0,
+            })
+            .to_vec(),
+            masked_paths: [
+                "/proc/kcore",
+                "/proc/timer_list",
+                "/proc/scsi",
+                "/sys/firmware",
+                "/proc/none",
+            ]
+            .map(String::from)
+            .to_vec(),
             readonly_paths: ["/proc/sys", "/proc/bus"].map(String::from).to_vec(),
             pid_namespace: PidNamespace::Container,
             cgroups: self.container_cgroups(id),
             cgroup_namespace: true,
-            log: Some(LogSpec { path: self.log_path(id), max_bytes: 0, max_files: 5 }),
+            log: Some(LogSpec {
+                path: self.log_path(id),
+                max_bytes: 0,
+                max_files: 5,
+            }),
             stdin: false,
             stdin_once: false,
             tty: false,
@@ -271,7 +313,11 @@ impl Lab {
     pub(crate) fn exec(&mut self, exec_id: &str, container: &str, argv: &[&str]) -> (i32, String) {
         let (read, write) = linux::event::pipe().unwrap();
         let mut spec = self.exec_spec(exec_id, container, argv);
-        spec.stdio = Stdio { stdin: false, stdout: true, stderr: true };
+        spec.stdio = Stdio {
+            stdin: false,
+            stdout: true,
+            stderr: true,
+        };
         let fds = vec![write.try_clone().unwrap(), write];
         self.request(Request::Exec(Box::new(spec)), fds).unwrap();
         let text = read_all(read);
@@ -281,8 +327,19 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        let _ = self.conn.send(&ToShim { id: 0, request: Request::Shutdown }, vec![]);
-        if !self.shim.pidfd.wait_exited(Duration::from_secs(15)).unwrap_or(true) {
+        let _ = self.conn.send(
+            &ToShim {
+                id: 0,
+                request: Request::Shutdown,
+            },
+            vec![],
+        );
+        if !self
+            .shim
+            .pidfd
+            .wait_exited(Duration::from_secs(15))
+            .unwrap_or(true)
+        {
             let _ = self.shim.pidfd.send_signal(9);
         }
         reap(self.shim.pid);
@@ -315,7 +372,8 @@ fn remove_cgroup(dir: &Path) {
 
 pub(crate) fn reap(pid: i32) {
     let _ = std::process::Command::new("/bin/true").status();
-    let _ = linux::process::pidfd::PidFd::open(pid).map(|fd| fd.wait_exited(Duration::from_secs(1)));
+    let _ =
+        linux::process::pidfd::PidFd::open(pid).map(|fd| fd.wait_exited(Duration::from_secs(1)));
 }
 
 pub(crate) fn shim_path() -> String {
@@ -356,7 +414,10 @@ pub(crate) fn filesystem(target: &str, fstype: &str, options: &[&str]) -> MountS
 
 pub(crate) fn bind(path: &Path, target: &str) -> MountSpec {
     MountSpec {
-        source: MountSource::Bind { path: path.into(), sub_path: None },
+        source: MountSource::Bind {
+            path: path.into(),
+            sub_path: None,
+        },
         nosuid: false,
         nodev: false,
         noexec: false,
@@ -365,13 +426,23 @@ pub(crate) fn bind(path: &Path, target: &str) -> MountSpec {
 }
 
 pub(crate) fn standard_mounts() -> Vec<MountSpec> {
-    let sysfs = MountSpec { readonly: true, ..filesystem("/sys", "sysfs", &[]) };
-    let cgroup =
-        MountSpec { source: MountSource::Cgroup, readonly: true, ..filesystem("/sys/fs/cgroup", "", &[]) };
+    let sysfs = MountSpec {
+        readonly: true,
+        ..filesystem("/sys", "sysfs", &[])
+    };
+    let cgroup = MountSpec {
+        source: MountSource::Cgroup,
+        readonly: true,
+        ..filesystem("/sys/fs/cgroup", "", &[])
+    };
     vec![
         filesystem("/proc", "proc", &[]),
         filesystem("/dev", "tmpfs", &["mode=755", "size=65536k"]),
-        filesystem("/dev/pts", "devpts", &["newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+        filesystem(
+            "/dev/pts",
+            "devpts",
+            &["newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
         filesystem("/dev/mqueue", "mqueue", &[]),
         filesystem("/dev/shm", "tmpfs", &["mode=1777", "size=65536k"]),
         sysfs,
