@@ -166,11 +166,11 @@ impl<R: RuntimeService + ImageService> Reporter<R> {
     fn log_readiness(&self, now: &NodeStatus) {
         let known = self.handle.node();
         let before = known.as_ref().and_then(|n| n.status.as_ref());
-        let before = before.and_then(readiness).map(|(ready, _)| ready);
+        let before = before.and_then(readiness);
         let Some((ready, message)) = readiness(now) else {
             return;
         };
-        if before != Some(ready) || self.sent_at.is_none() {
+        if before != Some((ready, message)) || self.sent_at.is_none() {
             if ready {
                 info!("The node is ready");
             } else {

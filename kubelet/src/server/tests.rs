@@ -311,12 +311,16 @@ async fn exec(node: &Node, protocol: &str) -> Vec<Vec<u8>> {
     let mut socket =
         WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Client, None).await;
     let mut messages = Vec::new();
+    let mut closed = None;
     while let Some(Ok(message)) = socket.next().await {
-        if let Message::Binary(bytes) = message {
-            messages.push(bytes.to_vec());
+        match message {
+            Message::Binary(bytes) => messages.push(bytes.to_vec()),
+            Message::Close(frame) => closed = frame.map(|f| u16::from(f.code)),
+            Message::Text(_) | Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
         }
     }
-    let _ = socket.close(None).await;
+    // kubectl reports anything but a normal close as a lost connection.
+    assert_eq!(closed, Some(1000));
     messages
 }
 

@@ -12,7 +12,9 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::{Bytes, Error, Message};
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::{Bytes, Error, Message, Utf8Bytes};
 
 type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
@@ -23,6 +25,8 @@ const QUEUE: usize = 8;
 /// How long output may come after the process has ended: what it left in the pipes is read at
 /// once, a child that keeps them open does not hold the client for ever.
 const AFTER_EXIT: Duration = Duration::from_secs(1);
+/// How long a client may take to answer our close.
+const CLOSE_ANSWER: Duration = Duration::from_secs(5);
 
 /// What ends a session.
 enum Step {
@@ -49,7 +53,22 @@ pub async fn run<R: RuntimeService>(
     {
         let _ = socket.send(message(protocol, channel::ERROR, &text)).await;
     }
-    let _ = socket.close(None).await;
+    close(socket).await;
+}
+
+/// Ends the connection as clients expect: with code 1000 (kubectl takes any other, also none, for
+/// a lost connection), and only after theirs has come, so that no reset overtakes the last bytes.
+async fn close(mut socket: Socket) {
+    let normal = CloseFrame {
+        code: CloseCode::Normal,
+        reason: Utf8Bytes::default(),
+    };
+    if socket.close(Some(normal)).await.is_err() {
+        return;
+    }
+    let rest = async { while let Some(Ok(_)) = socket.next().await {} };
+    // A client that never answers has all there is; its connection is dropped.
+    let _ = tokio::time::timeout(CLOSE_ANSWER, rest).await;
 }
 
 /// The exit code, an error, or nothing when the client left.
