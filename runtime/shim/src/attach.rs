@@ -78,8 +78,9 @@ impl Shim {
             return self.forget_token(token);
         };
         if !stdin.has_room() {
-            // Not read until the container has taken what is queued; `flush_stdin` resumes.
-            let _ = self.poller.modify(fd.as_fd(), token, Interest::NONE);
+            // Not read until the container has taken what is queued; `flush_stdin` resumes. Out
+            // of the poller altogether, because a client that hung up would wake us for ever.
+            let _ = self.poller.remove(fd.as_fd());
             return;
         }
         self.scratch.resize(READ_BYTES, 0);
@@ -110,6 +111,19 @@ impl Shim {
         self.flush_stdin(id);
     }
 
+    /// The container's stdin can take more, or the container has closed it.
+    pub(crate) fn stdin_woke(&mut self, id: &str, ready: Ready) {
+        if !ready.hangup {
+            return self.flush_stdin(id);
+        }
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        if let Some(sink) = container.stdin.take() {
+            self.forget_token(sink.token);
+        }
+    }
+
     /// Give the container what is queued for it.
     pub(crate) fn flush_stdin(&mut self, id: &str) {
         let Some(container) = self.containers.get_mut(id) else {
@@ -134,7 +148,8 @@ impl Shim {
                     .iter()
                     .filter_map(|a| a.input.as_ref())
                 {
-                    let _ = self.poller.modify(fd.as_fd(), *token, Interest::READ);
+                    // Refused when it is still there, which is as good.
+                    let _ = self.poller.add(fd.as_fd(), *token, Interest::READ);
                 }
             }
             // All taken and no more to come, or nobody reads it any more.

@@ -237,7 +237,7 @@ impl Shim {
             Source::ContainerNotes(id) => self.container_notes(&id),
             Source::ExecNotes(id) => self.exec_notes(&id),
             Source::Stream(id, name) => self.read_stream(&id, name),
-            Source::Stdin(id) => self.flush_stdin(&id),
+            Source::Stdin(id) => self.stdin_woke(&id, ready),
             Source::AttachInput(id) => self.read_attach_input(&id, ready.token),
             Source::AttachOutput(id) => self.flush_attached(&id, ready),
             Source::Oom(id) => self.oom_woke(&id),

@@ -258,6 +258,55 @@ fn an_attached_client_sees_and_feeds_the_container() {
     assert_eq!(log_text(&lab.log_path("a")), "got one\ngot two\nend\n");
 }
 
+/// Whether the shim comes to rest: asleep in many looks one after the other.
+fn comes_to_rest(pid: i32) -> bool {
+    let mut asleep = 0;
+    for _ in 0..1_000_000 {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let resting = stat.rsplit_once(") ").unwrap().1.starts_with('S');
+        asleep = if resting { asleep + 1 } else { 0 };
+        if asleep == 2000 {
+            return true;
+        }
+    }
+    false
+}
+
+#[test]
+fn a_shim_rests_whoever_hangs_up_on_stdin() {
+    let mut lab = Lab::new();
+    let mut closed = lab.spec("closed", &["sh", "-c", "exec sleep 1000 0<&-"]);
+    closed.stdin = true;
+    let mut idle = lab.spec("idle", &["sleep", "1000"]);
+    idle.stdin = true;
+    for (id, spec) in [("closed", closed), ("idle", idle)] {
+        lab.launch(spec).unwrap();
+        let (in_read, in_write) = linux::event::pipe().unwrap();
+        let stdio = Stdio {
+            stdin: true,
+            stdout: false,
+            stderr: false,
+        };
+        let attach = Request::Attach {
+            container_id: id.into(),
+            stdio,
+        };
+        // Refused when the container was quicker to close its end.
+        let _ = lab.request(attach, vec![in_read]);
+        // More than the container's pipe and the shim's queue take.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                linux::event::set_nonblocking(in_write.as_fd()).unwrap();
+                for _ in 0..1000 {
+                    let _ = linux::event::write(in_write.as_fd(), &[0; 4096]);
+                }
+            });
+        });
+        drop(in_write);
+        assert!(comes_to_rest(lab.shim.pid), "{id}");
+    }
+}
+
 #[test]
 fn a_client_that_does_not_read_does_not_stop_the_container() {
     let mut lab = Lab::new();
@@ -303,9 +352,12 @@ fn a_session_ends_with_the_client_that_asked_for_it() {
     spec.stdio.stdout = true;
     lab.request(Request::Exec(Box::new(spec)), vec![write])
         .unwrap();
+    let mut buffer = [0; 16];
+    assert_eq!(linux::event::read(read.as_fd(), &mut buffer).unwrap(), 3);
     let socket = lab.socket.clone();
     lab.conn = connect(&socket);
-    assert_eq!(read_all(read), "up\n");
+    // The pipe ends when the last of them is gone.
+    assert_eq!(read_all(read), "");
     match lab.conn.receive().unwrap() {
         FromShim::Snapshot(snapshot) => assert_eq!(snapshot.containers[0].exit, None),
         other => panic!("{other:?}"),
