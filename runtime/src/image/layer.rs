@@ -183,12 +183,12 @@ pub(crate) fn try_lock_dir(dir: &Path) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Removes a directory of ours; failure is logged, the next start tries again.
+/// Removes a directory of ours, never through a mount; failure is logged, the next start tries
+/// again.
 pub(crate) fn remove_dir(dir: &Path) {
-    if let Err(error) = std::fs::remove_dir_all(dir)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        tracing::warn!(dir = %dir.display(), %error, "cannot remove layer directory");
+    if let Err(error) = linux::fs::remove_tree(dir) {
+        tracing::warn!(dir = %dir.display(), error = super::error::chain(&error),
+            "cannot remove layer directory");
     }
 }
 
