@@ -121,7 +121,7 @@ async fn reach_shims(inner: &Arc<Inner>) -> BTreeMap<SandboxId, Snapshot> {
 
 async fn reach_shim(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Option<Snapshot> {
     let record = sandbox.record();
-    if record.boot_id != inner.boot_id || record.phase >= Phase::Stopped {
+    if record.boot_id != inner.boot_id || record.phase == Phase::Stopped {
         return None;
     }
     if record.shim.is_some_and(|shim| !sandbox::shim::is_alive(shim)) {
@@ -140,22 +140,29 @@ async fn reach_shim(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Option<Snapsh
         sandbox.set_shim(None);
         return None;
     }
-    adopt(inner, sandbox);
+    adopt(inner, sandbox, snapshot.shim_pid);
     Some(snapshot)
 }
 
-/// Takes over the shim's process: the kernel tells who is at the other end.
-fn adopt(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) {
-    let pid = sandbox.shim().ok().and_then(|shim| shim.peer_pid());
-    let Some(pid) = pid else {
+/// Takes over the shim's process. The socket cannot tell who serves it (its credentials are
+/// those of the agent that made it), so the shim's own word is checked against its command line.
+fn adopt(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>, pid: i32) {
+    let dir = sandbox_store::dir(&inner.config, &sandbox.id);
+    let Ok(fd) = PidFd::open(pid) else {
         return;
     };
     let start_time = linux::process::pidfd::start_time(pid);
-    if let (Ok(fd), Ok(start_time)) = (PidFd::open(pid), start_time) {
-        let process = sandbox::state::ShimProcess { pid, start_time };
-        sandbox.change(|r| r.shim = Some(process));
-        sandbox::shim::watch(inner, sandbox, fd.into());
-    }
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let ours = command
+        .split(|b| *b == 0)
+        .any(|word| word == dir.as_os_str().as_encoded_bytes());
+    let (Ok(start_time), true) = (start_time, ours) else {
+        tracing::warn!(sandbox = %sandbox.id, pid, "the shim's process is not what it says");
+        return;
+    };
+    let process = sandbox::state::ShimProcess { pid, start_time };
+    sandbox.change(|r| r.shim = Some(process));
+    sandbox::shim::watch(inner, sandbox, fd.into());
     if let Err(e) = inner.shim_program(Some(pid)) {
         tracing::warn!(error = %e, "the shim program cannot be loaded");
     }

@@ -148,12 +148,6 @@ impl ShimClient {
         self.shared.lock().is_some()
     }
 
-    /// Process id of the shim at the other end, as the kernel knows it.
-    #[must_use]
-    pub fn peer_pid(&self) -> Option<i32> {
-        self.shared.stream.peer_cred().ok()?.pid()
-    }
-
     /// Asks and waits for the answer. `fds` travel with the request.
     ///
     /// # Errors

@@ -36,8 +36,9 @@ async fn stop_in_turn(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Result<()> 
             let config = inner.config.clone();
             blocking(move || store::save_existing(&config, &record)).await?;
         }
-        Phase::Stopping => {}
-        Phase::Stopped | Phase::Removing => return Ok(()),
+        // Every step below may be repeated, and finds nothing to do when it was done.
+        Phase::Stopping | Phase::Removing => {}
+        Phase::Stopped => return Ok(()),
     }
     stop_containers(inner, sandbox).await?;
     // Plugins see the namespace as long as it lives; its end releases what they overlooked.
@@ -47,7 +48,9 @@ async fn stop_in_turn(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Result<()> 
     blocking(move || release(&with_inner, &with_sandbox.record())).await?;
     detached?;
     let record = sandbox.change(|r| {
-        r.phase = Phase::Stopped;
+        if r.phase.may_become(Phase::Stopped) {
+            r.phase = Phase::Stopped;
+        }
         r.shim = None;
         r.netns = None;
     });
