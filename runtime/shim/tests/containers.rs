@@ -357,6 +357,9 @@ fn a_terminal_is_a_terminal() {
     lab.request(resize, vec![]).unwrap();
     let (code, text) = lab.exec("e", "a", &["sh", "-c", "stty size < /dev/console"]);
     assert_eq!((code, text.as_str()), (0, "33 91\n"));
+    while !log_text(&lab.log_path("a")).ends_with("console\n") {
+        std::thread::yield_now();
+    }
     let kill = Request::Signal {
         container_id: "a".into(),
         signal: 9,
