@@ -20,4 +20,3 @@ pub mod scenario;
 pub mod suite;
 pub mod tidy;
 pub mod vm;
-pub mod vm_suite;

@@ -28,7 +28,8 @@ impl Tally {
         self.failed += other.failed;
     }
 
-    fn one(passed: bool) -> Self {
+    /// One test.
+    pub(crate) fn one(passed: bool) -> Self {
         Self {
             passed: u32::from(passed),
             failed: u32::from(!passed),
@@ -43,7 +44,7 @@ pub struct TestOptions {
     pub may_install: bool,
     /// Run what needs a cluster.
     pub cluster: bool,
-    /// Run the runtime's tests in a virtual machine with cgroup v2 too.
+    /// Run what needs cgroup v2 and all capabilities in a virtual machine, and nothing else.
     pub vm: bool,
     /// Keep the lab up afterwards, to look at a failure.
     pub keep: bool,
@@ -58,6 +59,9 @@ pub struct TestOptions {
 pub fn run(options: &TestOptions) -> Result<Tally> {
     packages::ensure(packages::CONTROL_PLANE, options.may_install)?;
     packages::ensure(packages::NODES, options.may_install)?;
+    if options.vm {
+        return crate::vm::run(options.may_install, options.cluster);
+    }
     let mut tally = Tally::default();
     if options.filter.is_none() {
         let args = ["--workspace", "--exclude", "testkit", "--no-fail-fast"];
@@ -71,9 +75,6 @@ pub fn run(options: &TestOptions) -> Result<Tally> {
             &["--package", "testkit", "--lib"],
             options,
         )?);
-    }
-    if options.vm {
-        tally.add(crate::vm_suite::run(options.may_install)?);
     }
     if options.cluster {
         tally.add(scenarios(options)?);

@@ -24,8 +24,9 @@ pub(crate) struct Test {
     /// Only tests that need no cluster
     #[arg(long)]
     no_cluster: bool,
-    /// Run the runtime's tests in a virtual machine with systemd and cgroup v2 too
-    #[arg(long)]
+    /// Only the tests of a node, in a virtual machine with systemd and cgroup v2, and that machine
+    /// as a node of a cluster
+    #[arg(long, conflicts_with_all = ["scenario", "keep"])]
     vm: bool,
     /// Only scenarios whose name contains this
     #[arg(long, value_name = "TEXT", conflicts_with = "no_cluster")]

@@ -9,6 +9,15 @@ use std::path::{Path, PathBuf};
 /// The last line a job prints; its exit code follows. Without it, the machine died.
 pub const END_MARK: &str = "ferrule-job-exit";
 
+/// Follows each command of a serving job, with its exit code.
+pub const COMMAND_MARK: &str = "ferrule-command-exit";
+
+/// Ends a serving job.
+pub const FINISH: &str = "ferrule-finish";
+
+/// Where the job talks to us.
+const LINE: &str = "/dev/ttyS1";
+
 /// What to run in the machine.
 #[derive(Debug, Default)]
 pub struct Job {
@@ -25,6 +34,22 @@ impl Job {
             script: script.into(),
             files: Vec::new(),
         }
+    }
+
+    /// A job that runs these lines and then serves commands until it is told to finish.
+    #[must_use]
+    pub fn serving(script: &str) -> Self {
+        // Raw: no echo, no limit on a line's length, nothing rewritten.
+        Self::new(format!(
+            "stty -F {LINE} raw -echo
+{script}
+printf '\\n{COMMAND_MARK} %s\\n' $?
+while IFS= read -r line; do
+    [ \"$line\" = {FINISH} ] && exit 0
+    sh -c \"$line\" </dev/null 2>&1
+    printf '\\n{COMMAND_MARK} %s\\n' $?
+done <{LINE}"
+        ))
     }
 
     /// Puts a file of this machine at an absolute path of the virtual one.

@@ -1,12 +1,15 @@
-//! Boots the machine with a job and hands on what the job prints.
+//! Boots the machine with a job, hands on what the job prints, and asks a serving job to run
+//! commands.
 
 use super::image::Image;
-use super::job::{END_MARK, Job};
+use super::job::{COMMAND_MARK, END_MARK, FINISH, Job};
+use crate::process::{self, OWNER_VARIABLE, ProcessIdentity};
 use anyhow::{Context, Result, bail};
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 /// How to boot.
 #[derive(Debug, Clone)]
@@ -17,13 +20,27 @@ pub struct Options {
     pub memory_mib: u32,
     /// A tap device of this machine that becomes the virtual one's first network card.
     pub tap: Option<String>,
+    /// The machine is ended after this time, whatever it does.
+    pub limit: Duration,
 }
 
 /// A running machine; dropping it ends it.
 #[derive(Debug)]
 pub struct Machine {
     qemu: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
     console: PathBuf,
+    limit: Duration,
+}
+
+/// What a command in the machine came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// Its exit code.
+    pub code: i32,
+    /// Standard output and standard error.
+    pub text: String,
 }
 
 impl Machine {
@@ -61,14 +78,25 @@ impl Machine {
             ])
             .args(["-device", "virtio-net-pci,netdev=n0"]);
         }
-        let qemu = qemu
+        let mut qemu = qemu
             .env("TMPDIR", &options.dir)
-            .stdin(Stdio::null())
+            // By this a lab that is taken down finds a machine whose starter was killed.
+            .env(OWNER_VARIABLE, super::OWNER)
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
             .spawn()
             .context("start qemu-system-x86_64")?;
-        Ok(Self { qemu, console })
+        let input = qemu.stdin.take().context("the machine's input")?;
+        let output = qemu.stdout.take().context("the machine's output")?;
+        end_after(&qemu, options.limit)?;
+        Ok(Self {
+            qemu,
+            input,
+            output: BufReader::new(output),
+            console,
+            limit: options.limit,
+        })
     }
 
     /// Hands every line of the job's output to `line` until the machine is off, and returns the
@@ -77,31 +105,115 @@ impl Machine {
     /// # Errors
     /// When the machine ends before the job does; the message carries the end of its console.
     pub fn finish(mut self, mut line: impl FnMut(&str)) -> Result<i32> {
-        let output = self
-            .qemu
-            .stdout
-            .take()
-            .context("the job's output was taken already")?;
         let mut code = None;
-        for text in BufReader::new(output).lines() {
-            let text = text.context("read the job's output")?;
-            let text = text.trim_end_matches('\r');
+        while let Some(text) = self.next_line()? {
             match text.strip_prefix(END_MARK) {
                 Some(rest) => code = rest.trim().parse().ok(),
-                None => line(text),
+                None => line(&text),
             }
         }
-        let status = self.qemu.wait().context("wait for the machine")?;
         let Some(code) = code else {
-            let console = fs::read_to_string(&self.console).unwrap_or_default();
-            let lines: Vec<&str> = console.lines().collect();
-            let end = lines[lines.len().saturating_sub(40)..].join("\n");
-            bail!(
-                "the machine ended ({status}) before its job did; its console ended with:\n{end}"
-            );
+            return Err(self.ended_early());
         };
+        self.qemu.wait().context("wait for the machine")?;
         Ok(code)
     }
+
+    /// Waits until a serving job is ready for commands, and returns what it printed before.
+    ///
+    /// # Errors
+    /// When the machine or its job ends first.
+    pub fn ready(&mut self) -> Result<Answer> {
+        let mut text = String::new();
+        while let Some(line) = self.next_line()? {
+            if let Some(code) = line.strip_prefix(COMMAND_MARK) {
+                let code = code
+                    .trim()
+                    .parse()
+                    .context("parse the command's exit code")?;
+                let text = text.trim_end().to_owned();
+                return Ok(Answer { code, text });
+            }
+            text.push_str(&line);
+            text.push('\n');
+        }
+        Err(self.ended_early())
+    }
+
+    /// Runs one line of shell in the machine.
+    ///
+    /// # Errors
+    /// When the machine or its job ends first.
+    pub fn command(&mut self, line: &str) -> Result<Answer> {
+        anyhow::ensure!(!line.contains('\n'), "a command is one line, not {line:?}");
+        writeln!(self.input, "{line}").context("write to the machine")?;
+        self.ready()
+    }
+
+    /// Runs one line of shell and returns what it printed.
+    ///
+    /// # Errors
+    /// As [`Machine::command`], and when its exit code is not 0.
+    pub fn stdout(&mut self, line: &str) -> Result<String> {
+        let answer = self.command(line)?;
+        if answer.code != 0 {
+            bail!(
+                "`{line}` failed in the machine ({}): {}",
+                answer.code,
+                answer.text
+            );
+        }
+        Ok(answer.text)
+    }
+
+    /// Ends a serving job and waits until the machine is off.
+    ///
+    /// # Errors
+    /// As [`Machine::finish`].
+    pub fn power_off(mut self) -> Result<()> {
+        writeln!(self.input, "{FINISH}").context("write to the machine")?;
+        self.finish(|_| ()).map(drop)
+    }
+
+    /// The next line of the job; none when the machine is off.
+    fn next_line(&mut self) -> Result<Option<String>> {
+        let mut bytes = Vec::new();
+        let read = self.output.read_until(b'\n', &mut bytes);
+        if read.context("read the job's output")? == 0 {
+            return Ok(None);
+        }
+        // Test programs print what they were given, which is not always UTF-8.
+        let text = String::from_utf8_lossy(&bytes);
+        Ok(Some(text.trim_end_matches(['\r', '\n']).to_owned()))
+    }
+
+    fn ended_early(&mut self) -> anyhow::Error {
+        let status = match self.qemu.wait() {
+            Ok(status) => status.to_string(),
+            Err(error) => error.to_string(),
+        };
+        let console = fs::read_to_string(&self.console).unwrap_or_default();
+        let lines: Vec<&str> = console.lines().collect();
+        let end = lines[lines.len().saturating_sub(40)..].join("\n");
+        anyhow::anyhow!(
+            "the machine ended before its job did ({status}; its limit is {:?}); its console \
+             ended with:\n{end}",
+            self.limit
+        )
+    }
+}
+
+/// Ends the machine when `limit` has passed.
+fn end_after(qemu: &Child, limit: Duration) -> Result<()> {
+    let pid = i32::try_from(qemu.id()).context("process id out of range")?;
+    let identity = ProcessIdentity::of(pid).context("the machine ended at once")?;
+    std::thread::spawn(move || {
+        if let Ok(false) = identity.wait_gone(limit) {
+            // Only fails when it went by itself meanwhile.
+            drop(process::kill(identity, Duration::from_secs(10)));
+        }
+    });
+    Ok(())
 }
 
 impl Drop for Machine {

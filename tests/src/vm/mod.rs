@@ -11,8 +11,33 @@
 pub mod image;
 pub mod job;
 pub mod machine;
+pub mod suite;
 
-use crate::packages::Need;
+use crate::packages::{self, Need};
+use crate::paths;
+use crate::progress::Step;
+use crate::suite::Tally;
+use anyhow::Result;
+
+/// The lab the machine joins as a node, and what its processes are known by.
+pub const LAB: &str = "vm";
+
+/// Owner variable of the machine's process.
+const OWNER: &str = "vm/machine";
+
+/// Runs everything that needs the machine and returns the tally; `cluster` says whether it joins a
+/// control plane as a node, too.
+///
+/// # Errors
+/// When the machine cannot be made or ends before its job.
+pub fn run(may_install: bool, _cluster: bool) -> Result<Tally> {
+    packages::ensure(NEEDS, may_install)?;
+    let step = Step::begin("virtual machine (about 2 min the first time)");
+    let image = image::ensure(&paths::cache()?)?;
+    step.done("");
+    let tally = suite::run(&image)?;
+    Ok(tally)
+}
 
 /// What the virtual machine needs.
 pub const NEEDS: &[Need] = &[
