@@ -119,6 +119,8 @@ const MAX_CLIENTS: usize = 32;
 /// back-off goes on from there.
 const TRIES: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// For endpoints after one that answered "not found".
+const SECOND_OPINION: Duration = Duration::from_secs(5);
 /// Real manifests and configurations stay below 1 MiB; registries refuse more than 4.
 const MAX_CONFIG_BYTES: usize = 8 << 20;
 
@@ -160,7 +162,17 @@ impl Registries {
         for endpoint in self.config.endpoints(name.registry()) {
             for auth in auths {
                 let source = self.source(name, &endpoint, auth)?;
-                let error = match retry(|| source.manifest(auth)).await {
+                // After a mirror's clear "not found" the rest gets one quick chance: where
+                // only mirrors can be reached, users shall not wait for time-outs.
+                let answer = match told {
+                    Some(ImageError::NotFound { .. }) => {
+                        tokio::time::timeout(SECOND_OPINION, source.manifest(auth))
+                            .await
+                            .unwrap_or_else(|_| Err(source.silent()))
+                    }
+                    _ => retry(|| source.manifest(auth)).await,
+                };
+                let error = match answer {
                     Ok(manifest) => return Ok((source, manifest)),
                     Err(error) => error,
                 };
@@ -303,6 +315,16 @@ impl Source {
             digest,
             index_digest,
         })
+    }
+
+    /// It did not answer in time.
+    fn silent(&self) -> ImageError {
+        ImageError::Registry {
+            image: self.image.clone(),
+            endpoint: self.endpoint.host.clone(),
+            message: "no answer".to_owned(),
+            transient: true,
+        }
     }
 
     /// A small blob, verified.

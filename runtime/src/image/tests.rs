@@ -456,6 +456,31 @@ async fn a_missing_image_and_refused_credentials_are_told_apart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_unreachable_or_empty_mirror_falls_back_to_the_next_and_clear_answers_win() {
+    let lab = lab();
+    lab.registry.publish("1", &[gzip(&layer("f", 10))]);
+    let empty = Registry::start();
+    // A port nobody listens on.
+    let closed = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let url = |host: &dyn std::fmt::Display| format!("http://{host}");
+    let mirrors = vec![url(&empty.host), url(&closed), url(&lab.registry.host)];
+    let config = RegistryConfig {
+        mirrors: BTreeMap::from([("*".to_owned(), mirrors)]),
+        insecure: Vec::new(),
+        only_mirrors: true,
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(dir.path(), config).unwrap();
+    let status = store.pull("other.org/a:1", &[]).await.unwrap();
+    assert_eq!(status.repo_tags, ["other.org/a:1"]);
+    let error = store.pull("other.org/a:none", &[]).await.unwrap_err();
+    assert!(matches!(*error, ImageError::NotFound { .. }), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pull_nobody_waits_for_stops_and_leaves_nothing() {
     let lab = lab();
     let big = gzip(&layer("f", 100_000));
