@@ -201,6 +201,25 @@ pub(crate) struct Expected {
     pub(crate) diff_id: String,
 }
 
+/// Makes and locks a directory. Between the two another process that opens the store may take it
+/// for rubbish; then a new one is made.
+fn partial_dir(layers: &Path, stem: &str) -> Result<(PathBuf, OwnedFd)> {
+    const TRIES: u32 = 8;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let dir = layers.join(partial_name(stem));
+        std::fs::create_dir(&dir).map_err(ImageError::io("make layer directory", &dir))?;
+        match try_lock_dir(&dir) {
+            Ok(lock) if dir.is_dir() => return Ok((dir, lock)),
+            Err(error) if tries == TRIES => {
+                return Err(ImageError::io("lock layer directory", &dir)(error));
+            }
+            Ok(_) | Err(_) => {}
+        }
+    }
+}
+
 /// Unpacks `input` into a new staged directory below `layers`. Blocking.
 ///
 /// # Errors
@@ -212,11 +231,8 @@ pub(crate) fn stage(
     input: impl Read,
     limits: Limits,
 ) -> Result<StagedLayer> {
-    let hex = expected.diff_id.trim_start_matches("sha256:");
-    let dir = layers.join(partial_name(hex));
+    let (dir, lock) = partial_dir(layers, expected.diff_id.trim_start_matches("sha256:"))?;
     let fs = dir.join("fs");
-    std::fs::create_dir(&dir).map_err(ImageError::io("make layer directory", &dir))?;
-    let lock = try_lock_dir(&dir).map_err(ImageError::io("lock layer directory", &dir))?;
     // From here on the directory goes when this value goes.
     let mut staged = StagedLayer {
         dir,

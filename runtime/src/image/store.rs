@@ -94,7 +94,7 @@ impl Store {
             store.reload()?;
             store.sweep()?
         };
-        rubbish.iter().for_each(|dir| remove_dir(dir));
+        rubbish.iter().for_each(|(dir, _lock)| remove_dir(dir));
         Ok(store)
     }
 
@@ -148,8 +148,9 @@ impl Store {
         Ok(found)
     }
 
-    /// Renames away layers no record names; returns them with dead partial directories.
-    fn sweep(&self) -> Result<Vec<PathBuf>> {
+    /// Renames away layers no record names; returns them with dead partial directories, the
+    /// latter locked until they are removed: their name may just be being taken by a new maker.
+    fn sweep(&self) -> Result<Vec<(PathBuf, Option<OwnedFd>)>> {
         let used = self.state().layers_in_use();
         let mut rubbish = Vec::new();
         let failed = || ImageError::io("read", &self.layers_dir);
@@ -159,11 +160,11 @@ impl Store {
                 continue;
             };
             if name.contains(PARTIAL) {
-                if try_lock_dir(&entry.path()).is_ok() {
-                    rubbish.push(entry.path());
+                if let Ok(lock) = try_lock_dir(&entry.path()) {
+                    rubbish.push((entry.path(), Some(lock)));
                 }
             } else if !used.contains(&name) {
-                rubbish.push(self.discard(&name)?);
+                rubbish.push((self.discard(&name)?, None));
             }
         }
         Ok(rubbish)
