@@ -5,6 +5,7 @@ use super::Lab;
 use super::node::{self, NodeContext};
 use crate::process::ProcessSpec;
 use anyhow::{Context, Result};
+use std::path::Path;
 
 /// Installs the programs and starts the agent, if `agent` says so.
 ///
@@ -16,8 +17,15 @@ pub fn ensure(lab: &mut Lab, node: &NodeContext, agent: bool) -> Result<()> {
     node::install(&programs.kubelet, &bin.join("kubelet"))?;
     node::install(&programs.pod_shim, &bin.join("pod-shim"))?;
     node::install(&programs.cni_bridge, &node.dir.join("cni-bin/cni-bridge"))?;
-    let registry = lab.layout.registry();
-    let runtime = format!(
+    let runtime = runtime_configuration(&lab.layout.registry(), &bin.join("pod-shim"));
+    node::write_changed(&node.dir.join("kubernetes/ferrule.yaml"), &runtime, 0o644)?;
+    if agent { start(lab, node) } else { Ok(()) }
+}
+
+/// The runtime's configuration of a node that pulls from the lab's registry.
+#[must_use]
+pub fn runtime_configuration(registry: &str, shim: &Path) -> String {
+    format!(
         "root: /var/lib/ferrule
 runDir: /run/ferrule
 cniConfDir: /etc/cni/net.d
@@ -29,10 +37,26 @@ registries:
     docker.io: [\"http://{registry}\"]
   insecure: [\"{registry}\"]
 ",
-        shim = bin.join("pod-shim").display(),
-    );
-    node::write_changed(&node.dir.join("kubernetes/ferrule.yaml"), &runtime, 0o644)?;
-    if agent { start(lab, node) } else { Ok(()) }
+        shim = shim.display(),
+    )
+}
+
+/// Flags of the agent on the node `name`.
+#[must_use]
+pub fn agent_flags(name: &str, address: &str) -> Vec<String> {
+    let pairs = [
+        ("config", "/etc/kubernetes/kubelet.yaml"),
+        ("kubeconfig", "/etc/kubernetes/kubelet.kubeconfig"),
+        ("root-dir", "/var/lib/kubelet"),
+        ("hostname-override", name),
+        ("node-ip", address),
+        ("cert-dir", "/var/lib/kubelet/pki"),
+        ("runtime-config", "/etc/kubernetes/ferrule.yaml"),
+    ];
+    let flags = pairs.iter();
+    flags
+        .map(|(flag, value)| format!("--{flag}={value}"))
+        .collect()
 }
 
 /// Starts the agent with the programs that are installed; harmless when it runs.
@@ -41,19 +65,7 @@ registries:
 /// When it cannot be started.
 pub fn start(lab: &mut Lab, node: &NodeContext) -> Result<()> {
     let address = lab.layout.node_address(node.number).to_string();
-    let pairs = [
-        ("config", "/etc/kubernetes/kubelet.yaml"),
-        ("kubeconfig", "/etc/kubernetes/kubelet.kubeconfig"),
-        ("root-dir", "/var/lib/kubelet"),
-        ("hostname-override", &node.name),
-        ("node-ip", &address),
-        ("cert-dir", "/var/lib/kubelet/pki"),
-        ("runtime-config", "/etc/kubernetes/ferrule.yaml"),
-    ];
-    let args = pairs
-        .iter()
-        .map(|(name, value)| format!("--{name}={value}"))
-        .collect();
+    let args = agent_flags(&node.name, &address);
     let mut spec = ProcessSpec::new(node.dir.join("bin/kubelet"), args);
     spec.env.push(("RUST_BACKTRACE".into(), "1".into()));
     node::ensure_agent(lab, node, "kubelet", spec)
@@ -74,6 +86,7 @@ pub fn network_configuration(pod_network: &str) -> String {
       "ipMasq": true,
       "hairpinMode": true,
       "ipam": {{
+        "type": "host-local",
         "ranges": [[{{"subnet": "{pod_network}"}}]],
         "routes": [{{"dst": "0.0.0.0/0"}}]
       }}
