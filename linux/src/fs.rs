@@ -501,9 +501,8 @@ mod tests {
             let body = || {
                 // SAFETY: only this thread's filesystem context is unshared.
                 #[expect(unsafe_code, reason = "unshare is unsafe in rustix")]
-                let unshared = unsafe {
-                    rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS)
-                };
+                let unshared =
+                    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) };
                 unshared.expect("a mount namespace needs CAP_SYS_ADMIN");
                 rustix::mount::mount_change(
                     "/",

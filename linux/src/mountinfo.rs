@@ -43,7 +43,9 @@ impl MountEntry {
 /// # Errors
 /// When `/proc/self/mountinfo` cannot be read.
 pub fn read() -> io::Result<Vec<MountEntry>> {
-    Ok(parse(&std::fs::read(Path::new("/proc/thread-self/mountinfo"))?))
+    Ok(parse(&std::fs::read(Path::new(
+        "/proc/thread-self/mountinfo",
+    ))?))
 }
 
 /// Parses the table; lines that are not understood are left out.
@@ -100,7 +102,9 @@ fn unescape(word: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(word.len());
     let mut rest = word;
     while let Some((&first, tail)) = rest.split_first() {
-        let digits = tail.get(..3).filter(|d| d.iter().all(|b| (b'0'..=b'7').contains(b)));
+        let digits = tail
+            .get(..3)
+            .filter(|d| d.iter().all(|b| (b'0'..=b'7').contains(b)));
         match digits {
             Some(d) if first == b'\\' && d[0] <= b'3' => {
                 out.push((d[0] - b'0') << 6 | (d[1] - b'0') << 3 | (d[2] - b'0'));

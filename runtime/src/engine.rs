@@ -29,6 +29,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::{oneshot, watch};
 
+/// How long an engine that is ending may keep its directories.
+const LOCK_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// The engine. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Engine {
@@ -49,6 +52,8 @@ pub(crate) struct Inner {
     sandboxes: Mutex<BTreeMap<SandboxId, Arc<Sandbox>>>,
     containers: Mutex<BTreeMap<ContainerId, Arc<Container>>>,
     seccomp: Mutex<HashMap<(String, Vec<u8>), String>>,
+    /// Keeps other engines off our directories.
+    _lock: std::fs::File,
 }
 
 /// A sandbox in memory.
@@ -180,6 +185,7 @@ impl Engine {
     /// # Errors
     /// Class `System` when directories, cgroups or the image store cannot be had.
     pub async fn open(config: EngineConfig) -> Result<Self> {
+        let lock = take_lock(&config).await?;
         let for_blocking = config.clone();
         let (cgroups, images, boot_id) = blocking(move || prepare(&for_blocking)).await?;
         let network = Network::new(
@@ -198,6 +204,7 @@ impl Engine {
             sandboxes: Mutex::default(),
             containers: Mutex::default(),
             seccomp: Mutex::default(),
+            _lock: lock,
             config,
         });
         crate::recover::recover(&inner).await?;
@@ -225,6 +232,26 @@ impl Engine {
     {
         let task = tokio::spawn(work(Arc::clone(&self.inner)));
         task.await.map_err(|e| system(&e))?
+    }
+}
+
+/// Two engines on the same directories would remove each other's things. One that is just
+/// ending is waited for.
+async fn take_lock(config: &EngineConfig) -> Result<std::fs::File> {
+    linux::fs::create_dirs(&config.root, 0o711)?;
+    let path = config.root.join("engine.lock");
+    let shown = path.display().to_string();
+    let locked = blocking(move || {
+        let file = std::fs::File::create(&path).map_err(|e| system(&e))?;
+        file.lock().map_err(|e| system(&e))?;
+        Ok(file)
+    });
+    match tokio::time::timeout(LOCK_LIMIT, locked).await {
+        Ok(outcome) => outcome,
+        Err(_) => {
+            let message = format!("{shown} is held by another engine");
+            Err(error(RuntimeErrorKind::Conflict, message))
+        }
     }
 }
 

@@ -304,7 +304,8 @@ impl Collector {
 
     fn keep(&mut self, chunk: &[u8]) {
         let room = self.limit.saturating_sub(self.bytes.len());
-        self.bytes.extend_from_slice(&chunk[..chunk.len().min(room)]);
+        self.bytes
+            .extend_from_slice(&chunk[..chunk.len().min(room)]);
     }
 
     async fn read(&mut self) {

@@ -659,10 +659,7 @@ mod tests {
         assert!(matches!(state, ContainerState::Running { .. }));
         fake.exit(&id, 3);
         let state = fake.container_status(&id).unwrap().state;
-        assert!(matches!(
-            state,
-            ContainerState::Exited { exit_code: 3, .. }
-        ));
+        assert!(matches!(state, ContainerState::Exited { exit_code: 3, .. }));
         let mut kinds = Vec::new();
         while let Ok(RuntimeEvent::Changed { kind, .. }) = events.try_recv() {
             kinds.push(kind);

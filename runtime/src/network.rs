@@ -71,6 +71,15 @@ impl Network {
         Ok(networks)
     }
 
+    /// Whether there is a network to attach to; asked before anything is made.
+    ///
+    /// # Errors
+    /// Class `Network`, naming the directory or the file.
+    pub fn ensure_configured(&self) -> Result<()> {
+        let loaded = self.networks().map(|_| ());
+        loaded.map_err(|text| error(RuntimeErrorKind::Network, text))
+    }
+
     /// Attaches a sandbox; its addresses, the primary one first.
     ///
     /// # Errors
@@ -90,11 +99,16 @@ impl Network {
     /// Class `Network`: it is still owed then.
     pub fn detach(&self, record: &SandboxRecord) -> Result<()> {
         let refused = |text: String| error(RuntimeErrorKind::Network, text);
-        let networks = self.networks().map_err(refused)?;
+        let networks = match self.networks() {
+            Ok(networks) => networks,
+            // The configuration is gone or broken: what was attached with it must still go.
+            Err(text) => {
+                let last = self.lock().networks.clone();
+                last.ok_or_else(|| refused(text))?
+            }
+        };
         let attachment = self.attachment(record);
-        networks
-            .del(&attachment)
-            .map_err(|e| refused(chain(&e)))
+        networks.del(&attachment).map_err(|e| refused(chain(&e)))
     }
 
     /// Releases everything that belongs to none of these sandboxes.

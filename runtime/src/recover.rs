@@ -124,7 +124,10 @@ async fn reach_shim(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Option<Snapsh
     if record.boot_id != inner.boot_id || record.phase == Phase::Stopped {
         return None;
     }
-    if record.shim.is_some_and(|shim| !sandbox::shim::is_alive(shim)) {
+    if record
+        .shim
+        .is_some_and(|shim| !sandbox::shim::is_alive(shim))
+    {
         return None;
     }
     let snapshot = match sandbox::shim::connect(inner, sandbox).await {
@@ -327,7 +330,9 @@ fn collect_network(inner: &Inner) {
 pub(crate) fn audit(inner: &Inner) -> Vec<String> {
     let mut found = Vec::new();
     for id in strays(inner) {
-        found.push(format!("remains of unknown sandbox {id} in the run directory"));
+        found.push(format!(
+            "remains of unknown sandbox {id} in the run directory"
+        ));
     }
     for entry in sandbox_store::load_all(&inner.config).into_iter().flatten() {
         match entry {

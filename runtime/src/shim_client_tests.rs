@@ -36,7 +36,10 @@ fn write(stream: &mut Blocking, message: &FromShim, fds: &[BorrowedFd<'_>]) {
     let body = serde_json::to_vec(message).unwrap();
     let mut frame = u32::try_from(body.len()).unwrap().to_le_bytes().to_vec();
     frame.extend(body);
-    assert_eq!(fdpass::send(stream.as_fd(), &frame, fds).unwrap(), frame.len());
+    assert_eq!(
+        fdpass::send(stream.as_fd(), &frame, fds).unwrap(),
+        frame.len()
+    );
 }
 
 fn read(stream: &mut Blocking, fds: &mut Vec<OwnedFd>) -> ToShim {

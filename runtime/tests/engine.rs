@@ -1,6 +1,8 @@
 //! The engine with real shims, cgroups and an image: what containers get and how they end.
 //! Needs root; every test has a node of its own and leaves nothing.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 mod support;
 
 use runtime::service::{
@@ -31,7 +33,10 @@ async fn a_pod_has_the_networks_address_and_gives_it_back_once() {
     let engine = node.open().await;
     let (sandbox, _) = start(&engine, &node, "u1", script("main", "exec sleep 1000")).await;
     let status = engine.list_sandboxes().remove(0);
-    assert_eq!(status.ips, ["10.9.8.7".parse::<std::net::IpAddr>().unwrap()]);
+    assert_eq!(
+        status.ips,
+        ["10.9.8.7".parse::<std::net::IpAddr>().unwrap()]
+    );
     assert!(linux::netns::is_pinned(status.netns.as_deref().unwrap()));
     engine.stop_sandbox(&sandbox).await.unwrap();
     engine.stop_sandbox(&sandbox).await.unwrap();
@@ -115,7 +120,11 @@ async fn exec_output_is_cut_at_the_limit() {
     let node = Node::new();
     let engine = node.open().await;
     let (_, id) = start(&engine, &node, "u1", script("main", "exec sleep 1000")).await;
-    let command = ["/bin/sh", "-c", "i=0; while [ $i -lt 20000 ]; do echo 0123456789; i=$((i+1)); done"];
+    let command = [
+        "/bin/sh",
+        "-c",
+        "i=0; while [ $i -lt 20000 ]; do echo 0123456789; i=$((i+1)); done",
+    ];
     let output = engine
         .exec_sync(&id, command.map(String::from).to_vec(), support::SOON, 1000)
         .await
@@ -129,7 +138,9 @@ async fn a_terminal_session_has_a_terminal() {
     let engine = node.open().await;
     let (_, id) = start(&engine, &node, "u1", script("main", "exec sleep 1000")).await;
     let request = ExecRequest {
-        command: ["/bin/sh", "-c", "[ -t 0 ] && [ -t 1 ] && echo terminal"].map(String::from).to_vec(),
+        command: ["/bin/sh", "-c", "[ -t 0 ] && [ -t 1 ] && echo terminal"]
+            .map(String::from)
+            .to_vec(),
         tty: true,
         stdin: true,
         stdout: true,
@@ -216,8 +227,15 @@ async fn impossible_requests_name_the_field_and_leave_nothing() {
     memory.resources.pids_limit = Some(i64::MAX);
     let mut profile = script("c", "");
     profile.security.seccomp = SeccompProfile::Localhost("/nowhere.json".into());
-    for (config, word) in [(user, "nobody-here"), (memory, "pids.max"), (profile, "/nowhere.json")] {
-        let refused = engine.create_container(&sandbox.id, config).await.unwrap_err();
+    for (config, word) in [
+        (user, "nobody-here"),
+        (memory, "pids.max"),
+        (profile, "/nowhere.json"),
+    ] {
+        let refused = engine
+            .create_container(&sandbox.id, config)
+            .await
+            .unwrap_err();
         assert_eq!(refused.kind, RuntimeErrorKind::Invalid, "{refused}");
         assert!(refused.message.contains(word), "{refused}");
     }
@@ -290,7 +308,12 @@ async fn containers_of_a_pod_share_memory_and_see_the_pods_files() {
         ids.push(id);
     }
     run(&engine, &ids[0], "echo shared >/dev/shm/f").await;
-    let output = run(&engine, &ids[1], "cat /dev/shm/f /etc/resolv.conf /etc/hostname").await;
+    let output = run(
+        &engine,
+        &ids[1],
+        "cat /dev/shm/f /etc/resolv.conf /etc/hostname",
+    )
+    .await;
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(text, "shared\nnameserver 10.0.0.10\ntest-host\n");
 }
@@ -348,4 +371,36 @@ async fn a_killed_shim_takes_its_containers_and_is_told() {
     engine.remove_sandbox(&sandbox).await.unwrap();
     assert_eq!(node.network_calls(&sandbox), ["ADD", "DEL"]);
     assert_eq!(node.run_files(), 0);
+}
+
+#[tokio::test]
+async fn without_a_network_configuration_nothing_is_made_and_the_directory_is_named() {
+    let node = Node::new();
+    let engine = node.open().await;
+    let list = node.config.cni_conf_dir.join("10-noted.conflist");
+    let text = std::fs::read(&list).unwrap();
+    std::fs::remove_file(&list).unwrap();
+    let refused = engine.run_sandbox(pod(&node, "u1")).await.unwrap_err();
+    assert_eq!(refused.kind, RuntimeErrorKind::Network);
+    let dir = node.config.cni_conf_dir.display().to_string();
+    assert!(refused.message.contains(&dir), "{refused}");
+    assert!(engine.network_ready().unwrap_err().contains(&dir));
+    assert_eq!(node.sandbox_files() + node.run_files(), 0);
+    std::fs::write(&list, text).unwrap();
+    let sandbox = engine.run_sandbox(pod(&node, "u1")).await.unwrap();
+    assert!(engine.network_ready().is_ok());
+    // Gone again: what was attached goes all the same.
+    std::fs::remove_file(&list).unwrap();
+    engine.remove_sandbox(&sandbox.id).await.unwrap();
+    assert_eq!(node.network_calls(&sandbox.id), ["ADD", "DEL"]);
+}
+
+#[tokio::test]
+async fn a_second_engine_on_the_same_directories_is_refused() {
+    let node = Node::new();
+    let engine = node.open().await;
+    let second = runtime::Engine::open(node.config.clone()).await;
+    assert_eq!(second.unwrap_err().kind, RuntimeErrorKind::Conflict);
+    drop(engine);
+    node.open().await;
 }

@@ -1,6 +1,8 @@
 //! The engine goes and another one comes: nothing that runs is disturbed, nothing is forgotten.
 //! Dropping an engine ends its connections as its death would; records are what it left.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 mod support;
 
 use runtime::service::{ContainerState, RuntimeService, SandboxState};
@@ -16,7 +18,10 @@ async fn running_containers_are_adopted_undisturbed() {
     let engine = node.open().await;
     assert_eq!(engine.container_status(&id).unwrap(), before);
     assert_eq!(engine.list_sandboxes()[0].state, SandboxState::Ready);
-    assert_eq!(run(&engine, &id, "echo still here").await.stdout, b"still here\n");
+    assert_eq!(
+        run(&engine, &id, "echo still here").await.stdout,
+        b"still here\n"
+    );
     let next = engine
         .create_container(&sandbox, script("next", "exit 5"))
         .await
@@ -24,7 +29,10 @@ async fn running_containers_are_adopted_undisturbed() {
     engine.start_container(&next).await.unwrap();
     assert_eq!(exit(&engine, &next).await.0, 5);
     engine.remove_sandbox(&sandbox).await.unwrap();
-    assert_eq!(node.run_files() + node.sandbox_files() + node.container_files(), 0);
+    assert_eq!(
+        node.run_files() + node.sandbox_files() + node.container_files(),
+        0
+    );
 }
 
 #[tokio::test]
@@ -65,7 +73,10 @@ async fn a_shim_killed_while_nobody_looked_is_noticed() {
     assert_eq!((code, reason.as_str()), (137, "ContainerStatusUnknown"));
     assert!(node.processes().is_empty());
     engine.remove_sandbox(&sandbox).await.unwrap();
-    assert_eq!(node.run_files() + node.sandbox_files() + node.container_files(), 0);
+    assert_eq!(
+        node.run_files() + node.sandbox_files() + node.container_files(),
+        0
+    );
 }
 
 /// Rewrites one word of a record, as if the engine had died at that point.
@@ -91,8 +102,15 @@ async fn half_made_and_half_removed_things_are_finished() {
         let record = dir.join(sandboxes[index].0.as_str()).join("sandbox.json");
         set_phase(&record, (*phase).into());
     }
-    let whole = node.config.root.join("containers").join(sandboxes[3].1.as_str());
-    set_phase(&whole.join("container.json"), serde_json::json!({"removing": null}));
+    let whole = node
+        .config
+        .root
+        .join("containers")
+        .join(sandboxes[3].1.as_str());
+    set_phase(
+        &whole.join("container.json"),
+        serde_json::json!({"removing": null}),
+    );
     let engine = node.open().await;
     let left = engine.list_sandboxes();
     assert_eq!(left.len(), 2, "{left:?}");
@@ -149,14 +167,25 @@ async fn records_of_another_boot_are_not_taken_for_living_things() {
     let engine = node.open().await;
     let (sandbox, id) = start(&engine, &node, "u1", script("main", "exec sleep 1000")).await;
     let ours = engine.list_sandboxes()[0].shim_pid;
-    engine.stop_container(&id, std::time::Duration::ZERO).await.unwrap();
+    engine
+        .stop_container(&id, std::time::Duration::ZERO)
+        .await
+        .unwrap();
     drop(engine);
-    let path = node.config.root.join("sandboxes").join(sandbox.as_str()).join("sandbox.json");
+    let path = node
+        .config
+        .root
+        .join("sandboxes")
+        .join(sandbox.as_str())
+        .join("sandbox.json");
     let text = std::fs::read_to_string(&path).unwrap();
     let mut record: serde_json::Value = serde_json::from_str(&text).unwrap();
     record["boot_id"] = "another".into();
     // A process that has nothing to do with us has the shim's number now.
-    let mut stranger = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    let mut stranger = std::process::Command::new("sleep")
+        .arg("1000")
+        .spawn()
+        .unwrap();
     record["shim"]["pid"] = stranger.id().into();
     std::fs::write(&path, record.to_string()).unwrap();
     let engine = node.open().await;

@@ -1,6 +1,8 @@
 //! How long pods take. Not a promise held on every machine: ignored unless asked for, as it
 //! needs an idle machine and an optimised build to say anything.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 mod support;
 
 use runtime::service::{Resources, RuntimeService};
@@ -29,7 +31,10 @@ async fn pods_one_by_one_and_a_hundred_at_once() {
                 let sandbox = with_engine.run_sandbox(config).await.unwrap();
                 let at_sandbox = begun.elapsed();
                 let config = script("main", "exec sleep 1000");
-                let id = with_engine.create_container(&sandbox.id, config).await.unwrap();
+                let id = with_engine
+                    .create_container(&sandbox.id, config)
+                    .await
+                    .unwrap();
                 let at_create = begun.elapsed();
                 with_engine.start_container(&id).await.unwrap();
                 let times = (at_cgroup, at_sandbox, at_create, begun.elapsed());

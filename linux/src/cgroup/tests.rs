@@ -134,7 +134,11 @@ fn v2_kill_uses_the_kernels_own_and_removal_goes_bottom_up() {
     files.put(&dir.join("b/cgroup.procs"), "41\n");
     files.put(&dir.join("cgroup.events"), "populated 1\n");
     cgroups.kill("/a").unwrap();
-    assert!(files.writes().contains(&(dir.join("cgroup.kill"), "1".into())));
+    assert!(
+        files
+            .writes()
+            .contains(&(dir.join("cgroup.kill"), "1".into()))
+    );
     cgroups.remove("/a").unwrap();
     assert!(!files.has_dir(dir));
 }

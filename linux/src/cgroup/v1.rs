@@ -125,7 +125,11 @@ impl<F: Files> V1<F> {
         };
         for file in ["cpuset.cpus", "cpuset.mems"] {
             let own = dir.join(file);
-            let read = |p: &Path| self.files.read(p).map_err(|e| CgroupError::io("read", p, e));
+            let read = |p: &Path| {
+                self.files
+                    .read(p)
+                    .map_err(|e| CgroupError::io("read", p, e))
+            };
             if read(&own)?.trim().is_empty() {
                 let inherited = read(&parent.join(file))?;
                 self.write(&own, inherited.trim())?;

@@ -12,6 +12,9 @@ use std::time::Instant;
 /// Controllers handed down where the kernel has them.
 const WANTED: [&str; 6] = ["cpu", "memory", "pids", "cpuset", "io", "hugetlb"];
 
+/// Those among them whose refusal is an error; without the others pods run all the same.
+const NEEDED: [&str; 3] = ["cpu", "memory", "pids"];
+
 /// cgroup v2 below one root.
 #[derive(Debug)]
 pub struct V2<F> {
@@ -57,7 +60,10 @@ impl<F: Files> V2<F> {
             .collect();
         for controller in missing {
             let file = dir.join("cgroup.subtree_control");
-            self.write(&file, &format!("+{controller}"))?;
+            let written = self.write(&file, &format!("+{controller}"));
+            if NEEDED.contains(&controller) {
+                written?;
+            }
         }
         Ok(())
     }
@@ -113,9 +119,7 @@ fn cpu_max(limits: &Limits) -> Option<String> {
     let period = limits.cpu_period_us;
     match (limits.cpu_quota_us, period) {
         (None, None) => None,
-        (Some(quota), _) if quota >= 0 => {
-            Some(format!("{quota} {}", period.unwrap_or(100_000)))
-        }
+        (Some(quota), _) if quota >= 0 => Some(format!("{quota} {}", period.unwrap_or(100_000))),
         (_, period) => Some(format!("max {}", period.unwrap_or(100_000))),
     }
 }

@@ -14,7 +14,9 @@ use crate::service::{
     RuntimeErrorKind, RuntimeEventKind, SandboxId,
 };
 use crate::shim_client::ShimClientError;
-use pod_shim::protocol::{DeviceSpec, LaunchSpec, MountSource, MountSpec, Reply, Request, ShimErrorKind};
+use pod_shim::protocol::{
+    DeviceSpec, LaunchSpec, MountSource, MountSpec, Reply, Request, ShimErrorKind,
+};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,9 +35,10 @@ pub(crate) async fn create(
     let with_sandbox = Arc::clone(&sandbox);
     let _turn = sandbox.turn.lock().await;
     ensure_ready(&sandbox)?;
-    let same = inner.containers_of(&sandbox_id).into_iter().find(|c| {
-        c.with(|r| r.config.name == config.name && r.config.attempt == config.attempt)
-    });
+    let same = inner
+        .containers_of(&sandbox_id)
+        .into_iter()
+        .find(|c| c.with(|r| r.config.name == config.name && r.config.attempt == config.attempt));
     if let Some(same) = same {
         return Ok(same.id.clone());
     }
@@ -118,11 +121,7 @@ fn plan(
         phase: Phase::Creating,
         created_at_ns: now_ns(),
         image_id: image.id.clone(),
-        image_ref: image
-            .repo_digests
-            .first()
-            .unwrap_or(&image.id.0)
-            .clone(),
+        image_ref: image.repo_digests.first().unwrap_or(&image.id.0).clone(),
         log_path,
         user: Some((user.uid, user.gid, user.groups)),
         resources: config.resources.clone(),
@@ -201,13 +200,14 @@ fn image_mount(mount: &Mount, layers: &[PathBuf]) -> Result<MountSpec> {
     let content = rootfs::directories(layers, path)?;
     let mut made = match content.as_slice() {
         [] => {
-            let message = format!("image mount {}: no directory {path:?}", mount.container_path);
+            let message = format!(
+                "image mount {}: no directory {path:?}",
+                mount.container_path
+            );
             return Err(error(RuntimeErrorKind::Invalid, message));
         }
         [only] => spec::bind(&mount.container_path, only.clone()),
-        [..] => {
-            spec::filesystem(&mount.container_path, "overlay", &lower(&content))
-        }
+        [..] => spec::filesystem(&mount.container_path, "overlay", &lower(&content)),
     };
     made.readonly = true;
     made.noexec = true;
@@ -314,9 +314,7 @@ fn build(inner: &Inner, record: &mut ContainerRecord) -> Result<()> {
 fn make_volume_dirs(mount: &MountSpec, volumes: &Path) -> Result<()> {
     let ours = |path: &Path| path.starts_with(volumes);
     match &mount.source {
-        MountSource::Bind { path, .. } if ours(path) => {
-            Ok(linux::fs::create_dirs(path, 0o755)?)
-        }
+        MountSource::Bind { path, .. } if ours(path) => Ok(linux::fs::create_dirs(path, 0o755)?),
         MountSource::Filesystem { options, .. } => {
             for option in options {
                 let dir = option.split_once('=').map(|(_, dir)| Path::new(dir));
@@ -428,11 +426,7 @@ async fn start_failed(
 }
 
 /// Changes limits of a container.
-pub(crate) async fn update(
-    inner: Arc<Inner>,
-    id: ContainerId,
-    resources: Resources,
-) -> Result<()> {
+pub(crate) async fn update(inner: Arc<Inner>, id: ContainerId, resources: Resources) -> Result<()> {
     let container = inner.container(&id)?;
     let with_container = Arc::clone(&container);
     let _turn = with_container.turn.lock().await;

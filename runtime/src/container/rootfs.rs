@@ -172,9 +172,7 @@ mod tests {
 
     fn layers(count: usize) -> (tempfile::TempDir, Vec<PathBuf>) {
         let dir = tempfile::tempdir().unwrap();
-        let layers: Vec<PathBuf> = (0..count)
-            .map(|n| dir.path().join(n.to_string()))
-            .collect();
+        let layers: Vec<PathBuf> = (0..count).map(|n| dir.path().join(n.to_string())).collect();
         for layer in &layers {
             fs::create_dir_all(layer.join("etc")).unwrap();
         }

@@ -245,7 +245,10 @@ fn environment(
     if !env.iter().any(|(name, _)| name == "HOME") {
         env.push(("HOME".to_owned(), home.to_owned()));
     }
-    if env.iter().any(|(n, v)| n.contains('\0') || v.contains('\0')) {
+    if env
+        .iter()
+        .any(|(n, v)| n.contains('\0') || v.contains('\0'))
+    {
         return Err(SpecError::Nul("env"));
     }
     Ok(env.into_iter().map(|(n, v)| format!("{n}={v}")).collect())
@@ -264,9 +267,8 @@ pub fn capabilities(config: &ContainerConfig, available: u64) -> Result<Vec<u8>,
             name: name.to_owned(),
         })
     };
-    let is_all = |name: &String| {
-        name.eq_ignore_ascii_case("ALL") || name.eq_ignore_ascii_case("CAP_ALL")
-    };
+    let is_all =
+        |name: &String| name.eq_ignore_ascii_case("ALL") || name.eq_ignore_ascii_case("CAP_ALL");
     let (add, drop) = (&security.add_capabilities, &security.drop_capabilities);
     let mut set = 0u64;
     for name in DEFAULT_CAPABILITIES {

@@ -202,7 +202,11 @@ pub(crate) async fn on_lost(inner: &Arc<Inner>, container: &Arc<Container>, now_
         Ok(exit) => note_exit(inner, container, exit),
         Err(e) => {
             tracing::warn!(container = %container.id, error = %e, "end of a lost container");
-            note_exit(inner, container, Exit::unknown(started_at_ns, now_ns, killed));
+            note_exit(
+                inner,
+                container,
+                Exit::unknown(started_at_ns, now_ns, killed),
+            );
         }
     }
 }

@@ -196,7 +196,10 @@ mod tests {
         assert_eq!(user(&none, "web:logs").unwrap().gid, 50);
         assert_eq!(user(&none, "web:77").unwrap().gid, 77);
         assert_eq!(user(&none, "70000").unwrap().gid, 0);
-        assert_eq!(user(&none, "nobody"), Err(UserError::NoUser("nobody".into())));
+        assert_eq!(
+            user(&none, "nobody"),
+            Err(UserError::NoUser("nobody".into()))
+        );
         assert_eq!(user(&none, "web:x"), Err(UserError::NoGroup("x".into())));
     }
 

@@ -16,6 +16,10 @@ use std::sync::Arc;
 /// result.
 pub(crate) async fn run(inner: Arc<Inner>, config: SandboxConfig) -> Result<SandboxStatus> {
     check(&config)?;
+    if config.network == NamespaceMode::Pod {
+        let with_inner = Arc::clone(&inner);
+        blocking(move || with_inner.network.ensure_configured()).await?;
+    }
     let record = SandboxRecord {
         version: RECORD_VERSION,
         id: SandboxId(new_id()?),
@@ -74,12 +78,16 @@ fn check(config: &SandboxConfig) -> Result<()> {
     Ok(())
 }
 
-/// Puts the sandbox among the others, unless the same pod and attempt has one.
+/// Puts the sandbox among the others, unless the same pod and attempt has one that has not
+/// begun to end.
 fn register(inner: &Inner, sandbox: &Arc<Sandbox>) -> Option<Arc<Sandbox>> {
     let key = |s: &Sandbox| s.with(|r| (r.config.uid.clone(), r.config.attempt));
     let wanted = key(sandbox);
     let mut all = inner.sandboxes();
-    let same = all.values().find(|s| !wanted.0.is_empty() && key(s) == wanted);
+    let same = all.values().find(|s| {
+        let usable = s.with(|r| r.phase <= Phase::Ready);
+        usable && !wanted.0.is_empty() && key(s) == wanted
+    });
     if let Some(same) = same {
         return Some(Arc::clone(same));
     }

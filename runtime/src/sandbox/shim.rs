@@ -173,7 +173,10 @@ pub(crate) async fn shutdown(sandbox: &Arc<Sandbox>) -> Result<()> {
 pub(crate) fn watch(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>, pidfd: OwnedFd) {
     let (inner, sandbox) = (Arc::downgrade(inner), Arc::downgrade(sandbox));
     let task = async move {
-        #[expect(deprecated, reason = "its successor is unsafe, and an OwnedFd keeps its promise")]
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe, and an OwnedFd keeps its promise"
+        )]
         let Ok(fd) = AsyncFd::with_interest(pidfd, Interest::READABLE) else {
             return;
         };

@@ -69,7 +69,10 @@ async fn stop_containers(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Result<(
         container::teardown::stop(Arc::clone(inner), container.id.clone(), Duration::ZERO)
     });
     let outcomes = futures::future::join_all(stops).await;
-    outcomes.into_iter().collect::<Result<Vec<()>>>().map(|_| ())
+    outcomes
+        .into_iter()
+        .collect::<Result<Vec<()>>>()
+        .map(|_| ())
 }
 
 async fn detach(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Result<()> {

@@ -2,6 +2,7 @@
 //! its calls, and an image made from the machine's busybox. Everything goes with the value.
 
 #![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(clippy::unwrap_used, reason = "a test helper fails by panicking")]
 
 use runtime::service::{
     ContainerConfig, ContainerId, ContainerState, ExecOutput, ImageService, NamespaceMode,
@@ -219,10 +220,20 @@ fn write_image(path: &Path) {
     }
     let busybox = std::fs::read("/bin/busybox").expect("busybox-static is needed");
     put("bin/busybox", 0o755, &busybox);
-    put("etc/passwd", 0o644, b"root:x:0:0::/root:/bin/sh\nweb:x:1000:1000::/home/web:/bin/sh\n");
-    put("etc/group", 0o644, b"root:x:0:\nweb:x:1000:\nlogs:x:50:web\n");
+    put(
+        "etc/passwd",
+        0o644,
+        b"root:x:0:0::/root:/bin/sh\nweb:x:1000:1000::/home/web:/bin/sh\n",
+    );
+    put(
+        "etc/group",
+        0o644,
+        b"root:x:0:\nweb:x:1000:\nlogs:x:50:web\n",
+    );
     put("data/seed", 0o644, b"from the image");
-    for applet in ["sh", "sleep", "cat", "echo", "id", "ls", "touch", "hostname", "env", "mount"] {
+    for applet in [
+        "sh", "sleep", "cat", "echo", "id", "ls", "touch", "hostname", "env", "mount",
+    ] {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(tar::EntryType::Symlink);
         header.set_mode(0o777);
