@@ -73,6 +73,27 @@ pub struct NodeContext {
     pub cgroups: Vec<PathBuf>,
 }
 
+/// Who a node is and where its files are written.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// The node's name.
+    pub name: &'a str,
+    /// Its number from 1, which decides its address.
+    pub number: usize,
+    /// Its directories.
+    pub dir: &'a Path,
+}
+
+impl NodeContext {
+    fn place(&self) -> Place<'_> {
+        Place {
+            name: &self.name,
+            number: self.number,
+            dir: &self.dir,
+        }
+    }
+}
+
 /// Makes the node (or completes it) and starts its agent if `agent` says so. It does not wait for
 /// Ready.
 ///
@@ -101,7 +122,7 @@ pub fn ensure(
     lab.save()?;
     let context = ensure_namespaces(lab, &name, number)?;
     network::ensure_node(&lab.layout, number, context.holder)?;
-    write_credentials(lab, authorities, &context)?;
+    write_credentials(&lab.layout, authorities, &context.place())?;
     match kind {
         NodeKind::Ferrule => ferrule::ensure(lab, &context, agent),
         NodeKind::Stock => stock::ensure(lab, &context, agent),
@@ -208,15 +229,21 @@ pub fn remove_processes(lab: &Lab, node: &str) -> Result<()> {
 
 /// The node's own certificate is the only way it can reach the apiserver: the Node authorizer and
 /// NodeRestriction decide what it may do.
-fn write_credentials(lab: &Lab, authorities: &Authorities, node: &NodeContext) -> Result<()> {
-    let layout = &lab.layout;
+///
+/// # Errors
+/// When a certificate cannot be issued or a file not be written.
+pub fn write_credentials(
+    layout: &Layout,
+    authorities: &Authorities,
+    node: &Place<'_>,
+) -> Result<()> {
     let user = format!("system:node:{}", node.name);
     let client = Subject::client(&user, Some("system:nodes"));
     let client = authorities
         .cluster
-        .ensure_issued(layout, &node.name, client)?;
+        .ensure_issued(layout, node.name, client)?;
     let names = [
-        node.name.clone(),
+        node.name.to_owned(),
         layout.node_address(node.number).to_string(),
     ];
     let serving = Subject::server(&user, &names);
@@ -229,7 +256,7 @@ fn write_credentials(lab: &Lab, authorities: &Authorities, node: &NodeContext) -
     write_changed(&dir.join("pki/ca.crt"), authority, 0o644)?;
     write_changed(&dir.join("pki/kubelet.crt"), &serving.certificate, 0o644)?;
     write_changed(&dir.join("pki/kubelet.key"), &serving.key, 0o600)?;
-    let configuration = kubelet_configuration(layout, &node.name, "");
+    let configuration = kubelet_configuration(layout, node.name, "");
     write_changed(&dir.join("kubelet.yaml"), &configuration, 0o644)
 }
 

@@ -3,7 +3,8 @@
 //!
 //! [`image`] makes the disk once and keeps it by content; [`machine`] boots it under emulation
 //! (`-accel tcg`, no `/dev/kvm` needed) with a second disk that carries one job; [`job`] describes
-//! what to run there. The machine's own disk is never written: every boot is a fresh one.
+//! what to run there. [`suite`] runs test programs in it, [`node`] makes it a node of a control
+//! plane. The machine's own disk is never written: every boot is a fresh one.
 //!
 //! It computes several times slower than the machine it runs on: right for correctness, wrong for
 //! figures.
@@ -11,6 +12,8 @@
 pub mod image;
 pub mod job;
 pub mod machine;
+pub mod node;
+mod node_checks;
 pub mod suite;
 
 use crate::packages::{self, Need};
@@ -30,12 +33,15 @@ const OWNER: &str = "vm/machine";
 ///
 /// # Errors
 /// When the machine cannot be made or ends before its job.
-pub fn run(may_install: bool, _cluster: bool) -> Result<Tally> {
+pub fn run(may_install: bool, cluster: bool) -> Result<Tally> {
     packages::ensure(NEEDS, may_install)?;
     let step = Step::begin("virtual machine (about 2 min the first time)");
     let image = image::ensure(&paths::cache()?)?;
     step.done("");
-    let tally = suite::run(&image)?;
+    let mut tally = suite::run(&image)?;
+    if cluster {
+        tally.add(node::run(&image, may_install)?);
+    }
     Ok(tally)
 }
 

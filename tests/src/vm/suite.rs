@@ -66,7 +66,7 @@ fn script(programs: &[PathBuf]) -> String {
         let (name, _) = name.rsplit_once('-').unwrap_or((&name, ""));
         script.push_str(&format!(
             "echo \"== {name}\"; start=$(date +%s); \
-             timeout {PROGRAM_LIMIT} {} --test-threads=2 2>&1 || {{ code=1; echo \"!! {name} failed\"; }}; \
+             timeout {PROGRAM_LIMIT} {} --test-threads=2 --color=never 2>&1 || {{ code=1; echo \"!! {name} failed\"; }}; \
              echo \"== {name}: $(($(date +%s) - start)) s\"\n",
             program.display()
         ));
