@@ -97,16 +97,21 @@ pub struct Endpoint {
 
 /// Reads the current context of a kubeconfig.
 pub fn read(path: &Path) -> Result<Endpoint, KubeconfigError> {
+    let config = parse(path)?;
+    let found = current(&config).and_then(|(cluster, user)| endpoint(path, cluster, user));
+    found.map_err(|what| KubeconfigError::Content {
+        path: path.to_owned(),
+        what,
+    })
+}
+
+fn parse(path: &Path) -> Result<Kubeconfig, KubeconfigError> {
     let failed = |cause: String| KubeconfigError::Read {
         path: path.to_owned(),
         cause,
     };
     let text = std::fs::read_to_string(path).map_err(|e| failed(e.to_string()))?;
-    let config: Kubeconfig = serde_saphyr::from_str(&text).map_err(|e| failed(e.to_string()))?;
-    pick(path, &config).map_err(|what| KubeconfigError::Content {
-        path: path.to_owned(),
-        what,
-    })
+    serde_saphyr::from_str(&text).map_err(|e| failed(e.to_string()))
 }
 
 /// An error with its causes, in one line.
@@ -123,7 +128,8 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn pick(path: &Path, config: &Kubeconfig) -> Result<Endpoint, String> {
+/// Cluster and user of the current context.
+fn current(config: &Kubeconfig) -> Result<(&Cluster, &User), String> {
     let name = config.current_context.clone().filter(|c| !c.is_empty());
     let contexts = &config.contexts;
     let context = match (&name, contexts.as_slice()) {
@@ -145,7 +151,7 @@ fn pick(path: &Path, config: &Kubeconfig) -> Result<Endpoint, String> {
         .iter()
         .find(|u| u.name == context.user)
         .ok_or_else(|| format!("user {:?} is not among users", context.user))?;
-    endpoint(path, &cluster.cluster, &user.user)
+    Ok((&cluster.cluster, &user.user))
 }
 
 fn endpoint(path: &Path, cluster: &Cluster, user: &User) -> Result<Endpoint, String> {
@@ -159,51 +165,93 @@ fn endpoint(path: &Path, cluster: &Cluster, user: &User) -> Result<Endpoint, Str
     if server.scheme_str() != Some("https") || server.host().is_none() {
         return Err(format!("server {text:?} is not an https:// URL"));
     }
-    let pem = |file: &Option<String>, data: Option<&str>, what: &str| {
-        pem_source(path, file.as_deref(), data, what)
-    };
+    let [ca, certificate, key] = sources(path, cluster, user)?;
     Ok(Endpoint {
         server,
         server_name: cluster.tls_server_name.clone().unwrap_or_default(),
-        ca: pem(
-            &cluster.certificate_authority,
-            cluster.certificate_authority_data.as_deref(),
-            "certificate-authority",
-        )?,
-        certificate: pem(
-            &user.client_certificate,
-            user.client_certificate_data.as_deref(),
-            "client-certificate",
-        )?,
-        key: pem(
-            &user.client_key,
-            user.client_key_data.as_deref(),
-            "client-key",
-        )?,
+        ca,
+        certificate,
+        key,
     })
 }
 
-/// `-data` wins over the file, as with every other client.
-fn pem_source(
-    kubeconfig: &Path,
-    file: Option<&str>,
-    data: Option<&str>,
-    what: &str,
-) -> Result<PemSource, String> {
-    if let Some(data) = data.filter(|d| !d.is_empty()) {
-        let pem = base64::engine::general_purpose::STANDARD
-            .decode(data.trim())
-            .map_err(|e| format!("{what}-data is not base64: {e}"))?;
-        let place = format!("{what}-data of {}", kubeconfig.display());
-        return Ok(PemSource::Inline { pem, place });
-    }
-    let Some(file) = file.filter(|f| !f.is_empty()) else {
-        return Err(format!(
-            "{what} is missing: a node needs its certificate, key and a CA"
-        ));
+/// CA, certificate and key. Text in the kubeconfig wins over a file, as with every other client.
+fn sources(kubeconfig: &Path, cluster: &Cluster, user: &User) -> Result<[PemSource; 3], String> {
+    let source = |file: &Option<String>, data: &Option<String>, part: &Part| {
+        if data.as_ref().is_some_and(|d| !d.is_empty()) {
+            return Ok(PemSource::Inside {
+                file: kubeconfig.to_owned(),
+                place: part.data_name,
+                find: part.find,
+            });
+        }
+        let Some(file) = file.as_ref().filter(|f| !f.is_empty()) else {
+            return Err(format!(
+                "{} is missing: a node needs its certificate, key and a CA",
+                part.name
+            ));
+        };
+        let dir = kubeconfig.parent().unwrap_or(Path::new("/"));
+        Ok(PemSource::File(dir.join(file)))
     };
-    let dir = kubeconfig.parent().unwrap_or(Path::new("/"));
-    Ok(PemSource::File(dir.join(file)))
+    Ok([
+        source(
+            &cluster.certificate_authority,
+            &cluster.certificate_authority_data,
+            &CA,
+        )?,
+        source(
+            &user.client_certificate,
+            &user.client_certificate_data,
+            &CERTIFICATE,
+        )?,
+        source(&user.client_key, &user.client_key_data, &KEY)?,
+    ])
+}
+
+/// A field with PEM text, in its two spellings, and how to find the text again.
+struct Part {
+    name: &'static str,
+    data_name: &'static str,
+    find: fn(&Path) -> Result<Vec<u8>, String>,
+}
+
+const CA: Part = Part {
+    name: "certificate-authority",
+    data_name: "certificate-authority-data",
+    find: |path| {
+        data(path, CA.data_name, |c, _| {
+            c.certificate_authority_data.clone()
+        })
+    },
+};
+const CERTIFICATE: Part = Part {
+    name: "client-certificate",
+    data_name: "client-certificate-data",
+    find: |path| {
+        data(path, CERTIFICATE.data_name, |_, u| {
+            u.client_certificate_data.clone()
+        })
+    },
+};
+const KEY: Part = Part {
+    name: "client-key",
+    data_name: "client-key-data",
+    find: |path| data(path, KEY.data_name, |_, u| u.client_key_data.clone()),
+};
+
+/// Decodes one `…-data` field of the kubeconfig as it is now.
+fn data(
+    path: &Path,
+    name: &str,
+    pick: impl Fn(&Cluster, &User) -> Option<String>,
+) -> Result<Vec<u8>, String> {
+    let config = parse(path).map_err(|e| e.to_string())?;
+    let (cluster, user) = current(&config)?;
+    let text = pick(cluster, user).unwrap_or_default();
+    base64::engine::general_purpose::STANDARD
+        .decode(text.trim())
+        .map_err(|e| format!("{name} of {} is not base64: {e}", path.display()))
 }
 
 #[cfg(test)]
@@ -215,6 +263,21 @@ mod tests {
         let path = dir.path().join("kubeconfig");
         std::fs::write(&path, text).unwrap();
         read(&path)
+    }
+
+    #[test]
+    fn text_inside_the_kubeconfig_is_found_again_when_it_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kubeconfig");
+        for (base64, text) in [("a2V5", "key"), ("bmV3", "new")] {
+            let user = format!("{{client-certificate: c, client-key-data: {base64}}}");
+            let cluster = "{server: 'https://h', certificate-authority: ca}";
+            std::fs::write(&path, kubeconfig(cluster, &user)).unwrap();
+            assert_eq!((KEY.find)(&path).unwrap(), text.as_bytes());
+        }
+        std::fs::write(&path, kubeconfig("{}", "{client-key-data: '***'}")).unwrap();
+        let error = (KEY.find)(&path).unwrap_err();
+        assert!(error.contains("client-key-data of"), "{error}");
     }
 
     fn kubeconfig(cluster: &str, user: &str) -> String {
@@ -236,9 +299,8 @@ mod tests {
             panic!("{endpoint:?}")
         };
         assert!(ca.ends_with("pki/ca.crt"));
-        assert_eq!(endpoint.certificate, PemSource::File("/x/c.pem".into()));
-        assert!(matches!(&endpoint.key, PemSource::Inline { pem, .. } if pem == b"key"));
-        assert!(!format!("{endpoint:?}").contains("key\""));
+        assert_eq!(endpoint.certificate.to_string(), "/x/c.pem");
+        assert!(endpoint.key.to_string().starts_with("client-key-data of "));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use kube::client::middleware::BaseUriLayer;
 use reload::Reloading;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::ServerName;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tls::Identity;
 use tokio_util::sync::CancellationToken;
@@ -76,6 +76,8 @@ pub struct Credentials {
     server: String,
     place: String,
     identity: Arc<Reloading<Identity>>,
+    /// The certificate's problem that was logged last; shared, so that it is logged once.
+    complained: Arc<Mutex<Option<String>>>,
 }
 
 impl Credentials {
@@ -91,6 +93,30 @@ impl Credentials {
             "the node certificate {} cannot be used: {objection}",
             self.place
         ))
+    }
+
+    /// Logs why `doing` ("renew the node lease") failed, once per reason: `said` is what this
+    /// caller said last; trouble with the certificate is said once for all callers.
+    pub fn complain(&self, doing: &str, error: &kube::Error, said: &mut String) {
+        let problem = self.problem();
+        let known = {
+            let mut last = self
+                .complained
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *last, problem.clone()) == problem
+        };
+        match problem {
+            Some(_) if known => {}
+            Some(problem) => warn!("Waiting for a certificate: {problem}"),
+            None => {
+                let why = self.explain(error);
+                if why != *said {
+                    warn!("Cannot {doing}: {why}");
+                    *said = why;
+                }
+            }
+        }
     }
 
     /// Why a request failed, in one line that names what a person can mend.
@@ -180,6 +206,7 @@ pub fn connect(config: &Config) -> Result<Clients, ApiError> {
             server: endpoint.server.to_string(),
             place: endpoint.certificate.to_string(),
             identity,
+            complained: Arc::default(),
         },
     })
 }
@@ -196,9 +223,7 @@ pub async fn connect_when_possible(config: &Config, stop: &CancellationToken) ->
     loop {
         match connect(config) {
             Ok(clients) => {
-                if let Some(problem) = clients.credentials.problem() {
-                    warn!("Waiting for a certificate: {problem}");
-                } else if !said.is_empty() {
+                if !said.is_empty() {
                     info!("The kubeconfig can be used now");
                 }
                 return Some(clients);

@@ -17,16 +17,18 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 const MAX_BYTES: u64 = 4 << 20;
 
 /// Where PEM text comes from.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub enum PemSource {
     /// A file, read again when it changes.
     File(PathBuf),
-    /// Text inside another file (`…-data` in a kubeconfig).
-    Inline {
-        /// The text.
-        pem: Vec<u8>,
-        /// Where it was found, for messages.
-        place: String,
+    /// Text inside another file (`…-data` in a kubeconfig), found again when that changes.
+    Inside {
+        /// The file.
+        file: PathBuf,
+        /// Where in it, for messages.
+        place: &'static str,
+        /// Finds the text.
+        find: fn(&Path) -> Result<Vec<u8>, String>,
     },
 }
 
@@ -41,7 +43,7 @@ impl fmt::Display for PemSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => write!(f, "{}", path.display()),
-            Self::Inline { place, .. } => f.write_str(place),
+            Self::Inside { file, place, .. } => write!(f, "{place} of {}", file.display()),
         }
     }
 }
@@ -52,8 +54,7 @@ type Version = Option<(u64, u64, u64, i64, i64)>;
 impl PemSource {
     fn version(&self) -> Version {
         match self {
-            Self::File(path) => version(path),
-            Self::Inline { .. } => None,
+            Self::File(path) | Self::Inside { file: path, .. } => version(path),
         }
     }
 
@@ -70,7 +71,7 @@ impl PemSource {
                 }
                 std::fs::read(path).map_err(failed)
             }
-            Self::Inline { pem, .. } => Ok(pem.clone()),
+            Self::Inside { file, find, .. } => find(file),
         }
     }
 }
@@ -173,13 +174,19 @@ impl<T> Reloading<T> {
             }
             Err(problem) => {
                 if state.problem.as_ref() != Some(&problem) {
-                    let kept = state.value.is_some();
-                    tracing::warn!(%problem, kept, "Cannot use {}", self.what);
+                    // Without a value the caller fails and says why; with one nobody else would.
+                    if state.value.is_some() {
+                        tracing::warn!("Keeping the old {}: {problem}", self.noun());
+                    }
                 }
                 state.problem = Some(problem);
             }
         }
         state
+    }
+
+    fn noun(&self) -> &str {
+        self.what.trim_start_matches("the ")
     }
 
     fn load(&self) -> Result<T, String> {

@@ -101,6 +101,7 @@ fn a_missing_certificate_is_a_problem_and_not_an_error() {
         server: endpoint.server.to_string(),
         place: endpoint.certificate.to_string(),
         identity: Arc::clone(&identity),
+        complained: Arc::default(),
     };
     let problem = credentials.problem().unwrap();
     assert!(problem.contains("c.crt: No such file"), "{problem}");

@@ -10,7 +10,9 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::sign::CertifiedKey;
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{
+    ClientConfig, DigitallySignedStruct, InconsistentKeys, RootCertStore, SignatureScheme,
+};
 use std::sync::Arc;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
@@ -59,8 +61,15 @@ pub fn identity(chain: &[u8], key: &[u8], provider: &CryptoProvider) -> Result<I
     let (_, parsed) = X509Certificate::from_der(&leaf)
         .map_err(|e| format!("the certificate is not X.509: {e}"))?;
     let (user, groups) = subject(&parsed);
-    let key = CertifiedKey::from_der(certificates, key, provider)
-        .map_err(|e| format!("certificate and key do not belong together: {e}"))?;
+    let key = provider
+        .key_provider
+        .load_private_key(key)
+        .map_err(|e| format!("the key cannot be used: {e}"))?;
+    let key = CertifiedKey::new(certificates, key);
+    // Any other finding is the peer's to judge: it may take certificates that we would not.
+    if let Err(rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch)) = key.keys_match() {
+        return Err("certificate and key do not belong together".to_owned());
+    }
     Ok(Identity {
         key: Arc::new(key),
         user,

@@ -73,7 +73,8 @@ fn filter(verbosity: u8) -> String {
         6..=u8::MAX => "trace",
     };
     let crates = ["kubelet", "runtime", "cni", "linux"];
-    let mut text = "warn".to_owned();
+    // kube's watcher warns at each of its tries; who watches says it once.
+    let mut text = "warn,kube_runtime=error".to_owned();
     for name in crates {
         text.push_str(&format!(",{name}={ours}"));
     }
@@ -103,7 +104,7 @@ mod tests {
     fn verbosity_is_ours_alone() {
         assert_eq!(
             filter(4),
-            "warn,kubelet=debug,runtime=debug,cni=debug,linux=debug"
+            "warn,kube_runtime=error,kubelet=debug,runtime=debug,cni=debug,linux=debug"
         );
         assert!(filter(0).contains("kubelet=info"));
         assert!(EnvFilter::try_new(filter(9)).is_ok());

@@ -14,7 +14,7 @@ use kube::api::{Api, PostParams};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::info;
 
 /// Namespace of all node leases.
 const NAMESPACE: &str = "kube-node-lease";
@@ -78,11 +78,9 @@ pub async fn run(
             }
             Err(error) => {
                 failures += 1;
-                let why = clients.credentials.explain(&error);
-                if why != said {
-                    warn!("Cannot renew the node lease: {why}");
-                    said = why;
-                }
+                clients
+                    .credentials
+                    .complain("renew the node lease", &error, &mut said);
                 (RETRY_FIRST * 2u32.saturating_pow(failures.min(8))).min(every)
             }
         };

@@ -21,7 +21,7 @@ use runtime::service::{ImageService, RuntimeService};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::info;
 
 /// First and longest wait between tries to register or to send.
 const RETRY_FIRST: Duration = Duration::from_millis(200);
@@ -63,11 +63,9 @@ impl<R: RuntimeService + ImageService> Reporter<R> {
                 }
                 Err(error) => {
                     failures += 1;
-                    let why = self.clients.credentials.explain(&error);
-                    if why != said {
-                        warn!("Cannot report the Node: {why}");
-                        said = why;
-                    }
+                    self.clients
+                        .credentials
+                        .complain("report the Node", &error, &mut said);
                     (RETRY_FIRST * 2u32.saturating_pow(failures.min(8))).min(RETRY_LONGEST)
                 }
             };

@@ -92,7 +92,6 @@ async fn node() -> Node {
         write(dir.path(), "tls.key", &key),
     );
     let file = write(dir.path(), "config.yaml", &text);
-    let kubeconfig = dir.path().join("kubeconfig").display().to_string();
     let flags = Flags {
         config: Some(file.into()),
         kubeconfig: Some(dir.path().join("kubeconfig")),
