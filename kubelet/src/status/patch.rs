@@ -35,6 +35,10 @@ pub(super) fn patch(uid: &str, base: &PodStatus, wanted: &PodStatus) -> Option<V
         if old == new {
             continue;
         }
+        if field == "conditions" {
+            changes.insert(field.to_owned(), conditions(old, new));
+            continue;
+        }
         let mut new = new.cloned().unwrap_or(Value::Null);
         if MERGED_LISTS.contains(&field)
             && old.is_some()
@@ -48,6 +52,31 @@ pub(super) fn patch(uid: &str, base: &PodStatus, wanted: &PodStatus) -> Option<V
         return None;
     }
     Some(json!({"metadata": {"uid": uid}, "status": changes}))
+}
+
+/// The conditions that changed. The apiserver merges them by type and field by field: a reason
+/// that is not there any more has to be taken away in so many words.
+fn conditions(old: Option<&Value>, new: Option<&Value>) -> Value {
+    let list = |v: Option<&Value>| v.and_then(Value::as_array).cloned().unwrap_or_default();
+    let old = list(old);
+    let changed = list(new).into_iter().filter_map(|mut condition| {
+        let before = old.iter().find(|o| o["type"] == condition["type"]);
+        if before == Some(&condition) {
+            return None;
+        }
+        let vanished: Vec<String> = before
+            .and_then(Value::as_object)
+            .into_iter()
+            .flat_map(Map::keys)
+            .filter(|key| condition.get(key.as_str()).is_none())
+            .cloned()
+            .collect();
+        for key in vanished {
+            condition[key] = Value::Null;
+        }
+        Some(condition)
+    });
+    changed.collect()
 }
 
 /// The fields we own as JSON: times in whole seconds, as the apiserver keeps them. Conditions are
@@ -96,6 +125,25 @@ mod tests {
             ..PodStatus::default()
         };
         assert_eq!(patch("u", &base, &wanted), None);
+    }
+
+    #[test]
+    fn only_changed_conditions_are_sent_and_a_vanished_reason_is_null() {
+        let condition = |type_: &str, status: &str, reason: Option<&str>| PodCondition {
+            type_: type_.to_owned(),
+            status: status.to_owned(),
+            reason: reason.map(str::to_owned),
+            ..PodCondition::default()
+        };
+        let with = |ready| PodStatus {
+            conditions: Some(vec![condition("PodScheduled", "True", None), ready]),
+            ..PodStatus::default()
+        };
+        let base = with(condition("Ready", "False", Some("ContainersNotReady")));
+        let wanted = with(condition("Ready", "True", None));
+        let patch = patch("u", &base, &wanted).unwrap();
+        let sent = &patch["status"]["conditions"];
+        assert_eq!(*sent, json!([{"type": "Ready", "status": "True", "reason": null}]));
     }
 
     #[test]
