@@ -1,4 +1,7 @@
-//! (being written)
+//! System calls, netlink, cgroups, mounts and namespaces as safe, typed functions.
+//!
+//! The only crate that may say `unsafe`. Blocking throughout, no async runtime, no policy: what
+//! is wanted is decided by the callers, here it is done.
 pub mod cgroup;
 pub mod command;
 pub mod netlink;

@@ -1,8 +1,6 @@
 //! The engine with real shims, cgroups and an image: what containers get and how they end.
 //! Needs root; every test has a node of its own and leaves nothing.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
-
 mod support;
 
 use runtime::service::{

@@ -1,8 +1,6 @@
 //! The engine goes and another one comes: nothing that runs is disturbed, nothing is forgotten.
 //! Dropping an engine ends its connections as its death would; records are what it left.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
-
 mod support;
 
 use runtime::service::{ContainerState, RuntimeService, SandboxState};
@@ -195,4 +193,79 @@ async fn records_of_another_boot_are_not_taken_for_living_things() {
     stranger.kill().unwrap();
     stranger.wait().unwrap();
     let _ = linux::process::pidfd::PidFd::open(ours).map(|fd| fd.send_signal(9));
+}
+
+/// Environment variable that names the node for [`child_that_gets_killed`].
+const CHILD_NODE: &str = "FERRULE_TEST_NODE";
+
+/// Makes and removes pods without end, four at a time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "run by the next test, which kills it"]
+async fn child_that_gets_killed() {
+    let Ok(name) = std::env::var(CHILD_NODE) else {
+        return;
+    };
+    // Never dropped: the parent owns the directories.
+    let node: &Node = Box::leak(Box::new(Node::named(&name)));
+    let engine = node.open().await;
+    println!("ready");
+    let pods = (0..4).map(|lane| {
+        let engine = engine.clone();
+        async move {
+            for round in 0u32.. {
+                let uid = format!("l{lane}r{round}p{}", std::process::id());
+                let main = script("main", "exec sleep 1000");
+                let (sandbox, _) = start(&engine, node, &uid, main).await;
+                if round % 2 == 0 {
+                    engine.remove_sandbox(&sandbox).await.unwrap();
+                    let cgroup = format!("/kubepods/pod{uid}");
+                    engine.remove_cgroup(&cgroup).await.unwrap();
+                }
+            }
+        }
+    });
+    futures::future::join_all(pods).await;
+}
+
+/// Runs the child until it has been at work for a while, then kills it.
+fn run_and_kill(node: &Node, after: std::time::Duration) {
+    use std::io::{BufRead, BufReader};
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child_that_gets_killed", "--ignored", "--nocapture"])
+        .env(CHILD_NODE, node.name())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let ready = lines.map_while(Result::ok).any(|line| line.ends_with("ready"));
+    assert!(ready, "the child came up");
+    std::thread::sleep(after);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_at_any_moment_nothing_is_lost_and_nothing_is_left() {
+    let node = Node::new();
+    for round in 0..6u64 {
+        // The only thing waited for is the moment to kill, which shall be any.
+        run_and_kill(&node, std::time::Duration::from_millis(40 + round * 37));
+        let engine = node.open().await;
+        // Whole pods go on, pods whose removal had begun have come to their end; none is lost.
+        for container in engine.list_containers(None) {
+            let fine = match &container.state {
+                ContainerState::Created => true,
+                ContainerState::Running { pid, .. } => alive(*pid),
+                ContainerState::Exited { reason, .. } => reason == "Error",
+            };
+            assert!(fine, "round {round}: {:?}", container.state);
+        }
+        assert!(engine.audit().is_empty(), "round {round}: {:?}", engine.audit());
+    }
+    let engine = node.open().await;
+    for sandbox in engine.list_sandboxes() {
+        engine.remove_sandbox(&sandbox.id).await.unwrap();
+    }
+    assert!(node.processes().is_empty());
+    assert_eq!(node.run_files() + node.sandbox_files() + node.container_files(), 0);
 }

@@ -1,8 +1,6 @@
 //! How long pods take. Not a promise held on every machine: ignored unless asked for, as it
 //! needs an idle machine and an optimised build to say anything.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
-
 mod support;
 
 use runtime::service::{Resources, RuntimeService};

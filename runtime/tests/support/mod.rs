@@ -30,14 +30,15 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) fn new() -> Self {
-        let name = format!(
-            "fe-{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        );
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        Self::named(&format!("fe-{}-{number}", std::process::id()))
+    }
+
+    /// The node of that name, also one that another process made.
+    pub(crate) fn named(name: &str) -> Self {
         // In memory, with short paths for sockets; the root is on disk as in life.
-        let base = PathBuf::from("/dev/shm").join(&name);
-        let root = std::env::temp_dir().join(&name);
+        let base = PathBuf::from("/dev/shm").join(name);
+        let root = std::env::temp_dir().join(name);
         for dir in [base.join("conf"), base.join("bin"), root.clone()] {
             std::fs::create_dir_all(dir).unwrap();
         }
@@ -57,6 +58,10 @@ impl Node {
         };
         node.install_network();
         node
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        self.base.file_name().unwrap().to_str().unwrap()
     }
 
     fn install_network(&self) {
