@@ -231,13 +231,20 @@ async fn child_that_gets_killed() {
 fn run_and_kill(node: &Node, after: std::time::Duration) {
     use std::io::{BufRead, BufReader};
     let mut child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child_that_gets_killed", "--ignored", "--nocapture"])
+        .args([
+            "--exact",
+            "child_that_gets_killed",
+            "--ignored",
+            "--nocapture",
+        ])
         .env(CHILD_NODE, node.name())
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let ready = lines.map_while(Result::ok).any(|line| line.ends_with("ready"));
+    let ready = lines
+        .map_while(Result::ok)
+        .any(|line| line.ends_with("ready"));
     assert!(ready, "the child came up");
     std::thread::sleep(after);
     child.kill().unwrap();
@@ -260,12 +267,19 @@ async fn killed_at_any_moment_nothing_is_lost_and_nothing_is_left() {
             };
             assert!(fine, "round {round}: {:?}", container.state);
         }
-        assert!(engine.audit().is_empty(), "round {round}: {:?}", engine.audit());
+        assert!(
+            engine.audit().is_empty(),
+            "round {round}: {:?}",
+            engine.audit()
+        );
     }
     let engine = node.open().await;
     for sandbox in engine.list_sandboxes() {
         engine.remove_sandbox(&sandbox.id).await.unwrap();
     }
     assert!(node.processes().is_empty());
-    assert_eq!(node.run_files() + node.sandbox_files() + node.container_files(), 0);
+    assert_eq!(
+        node.run_files() + node.sandbox_files() + node.container_files(),
+        0
+    );
 }
