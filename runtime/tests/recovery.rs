@@ -1,6 +1,8 @@
 //! The engine goes and another one comes: nothing that runs is disturbed, nothing is forgotten.
 //! Dropping an engine ends its connections as its death would; records are what it left.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 mod support;
 
 use runtime::service::{ContainerState, RuntimeService, SandboxState};
