@@ -118,7 +118,7 @@ spec:
   - {{name: server, image: {BUSYBOX}, command: [sh, -c, 'mkdir /w; echo hi > /w/index.html; exec httpd -f -p 8080 -h /w']}}
   - name: client
     image: {BUSYBOX}
-    command: [sh, -c, 'until wget -q -O - http://127.0.0.1:8080/; do sleep 0.1; done; killall httpd']
+    command: [sh, -c, 'until wget -q -O - http://127.0.0.1:8080/ 2>/dev/null; do sleep 0.1; done; killall httpd']
 "
     ))?;
     let pod = scenario.finished("shared")?;

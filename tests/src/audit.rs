@@ -64,7 +64,7 @@ pub fn audit() -> Result<Vec<Finding>> {
     mounts_and_namespaces(&mut findings)?;
     loop_devices(&mut findings);
     for lab in live.values() {
-        address_leases(lab, &mut findings);
+        sandbox_leftovers(lab, &mut findings);
     }
     findings.sort();
     findings.dedup();
@@ -249,30 +249,65 @@ fn loop_devices(findings: &mut Vec<Finding>) {
     }
 }
 
-/// In a lab that is up, every address the plugin holds must belong to a sandbox that exists.
-fn address_leases(lab: &LabState, findings: &mut Vec<Finding>) {
-    for node in lab.nodes.keys() {
-        let dir = paths::labs().join(&lab.name).join("nodes").join(node);
-        let sandboxes = names(&dir.join("ferrule/sandboxes"));
-        for network in names(&dir.join("cni/networks")) {
-            for lease in names(&dir.join("cni/networks").join(&network)) {
-                let file = dir.join("cni/networks").join(&network).join(&lease);
-                let owner = fs::read_to_string(&file).unwrap_or_default();
-                let is_address = lease.parse::<std::net::IpAddr>().is_ok();
-                if is_address
-                    && !sandboxes
-                        .iter()
-                        .any(|sandbox| owner.contains(sandbox.as_str()))
-                {
-                    findings.push(Finding {
-                        kind: Kind::AddressLease,
-                        object: format!("{lease} of {}/{node}", lab.name),
-                        because: format!("{} names no sandbox that exists", file.display()),
-                    });
-                }
+/// In a lab that is up, whatever a node keeps per sandbox must belong to a sandbox that exists.
+fn sandbox_leftovers(lab: &LabState, findings: &mut Vec<Finding>) {
+    for (node, record) in &lab.nodes {
+        let Some(holder) = record.holder.filter(|holder| holder.is_alive()) else {
+            continue;
+        };
+        let run = PathBuf::from(format!("/proc/{}/root/run", holder.pid));
+        let records = paths::labs().join(&lab.name).join("nodes").join(node);
+        // Listed first: a sandbox that is made meanwhile must not look like a stray.
+        let kept = kept_per_sandbox(&run);
+        let sandboxes: BTreeSet<String> = names(&records.join("ferrule/sandboxes"))
+            .into_iter()
+            .collect();
+        for (kind, file) in kept {
+            let name = file
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
+            let sandbox = sandbox_of(&name);
+            // Gone since it was listed is as good as never there.
+            if !sandboxes.contains(sandbox) && file.symlink_metadata().is_ok() {
+                findings.push(Finding {
+                    kind,
+                    object: format!("{}/{node}: {name}", lab.name),
+                    because: format!("no sandbox {sandbox} is recorded"),
+                });
             }
         }
     }
+}
+
+/// Files and directories of a node that are named after a sandbox.
+fn kept_per_sandbox(run: &Path) -> Vec<(Kind, PathBuf)> {
+    let mut places = vec![
+        (Kind::NetworkNamespace, run.join("ferrule/netns")),
+        (Kind::Directory, run.join("ferrule/shm")),
+        (Kind::Process, run.join("ferrule/shim")),
+        (Kind::AddressLease, run.join("ferrule/cni")),
+    ];
+    for network in names(&run.join("cni/ferrule")) {
+        places.push((
+            Kind::AddressLease,
+            run.join("cni/ferrule").join(network).join("leases"),
+        ));
+    }
+    let entries = places.into_iter().flat_map(|(kind, dir)| {
+        names(&dir)
+            .into_iter()
+            .map(move |name| (kind, dir.join(name)))
+    });
+    entries.collect()
+}
+
+/// The sandbox in a name such as `<network>@<sandbox>@eth0.json`, `<sandbox>@eth0` or
+/// `<sandbox>.sock`.
+fn sandbox_of(name: &str) -> &str {
+    let longest = name.split(['@', '.']).max_by_key(|part| part.len());
+    longest.unwrap_or(name)
 }
 
 fn names(dir: &Path) -> Vec<String> {
@@ -296,4 +331,21 @@ pub fn render(findings: &[Finding]) -> String {
         ));
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sandbox_is_recognised_in_every_name() {
+        let id = "2c06f3f81358fd49c6969bb0a7797a107b7baefd4b6d0da1934364ee142d7377";
+        for name in [
+            format!("net@{id}@eth0.json"),
+            format!("{id}@eth0"),
+            format!("{id}.sock"),
+        ] {
+            assert_eq!(sandbox_of(&name), id, "{name}");
+        }
+    }
 }
