@@ -71,7 +71,7 @@ pub fn audit() -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-/// Labs whose record names at least one living process.
+/// Labs whose record names at least one living process, or that are being worked on.
 fn live_labs() -> Result<BTreeMap<String, LabState>> {
     let mut live = BTreeMap::new();
     for name in lab_names(&paths::labs())? {
@@ -83,7 +83,8 @@ fn live_labs() -> Result<BTreeMap<String, LabState>> {
             .values()
             .filter_map(|record| record.identity)
             .any(process::ProcessIdentity::is_alive);
-        if runs {
+        // One that is being brought up may not have a process yet.
+        if runs || LabLock::is_held(&name) {
             live.insert(name, state);
         }
     }

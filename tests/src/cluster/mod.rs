@@ -112,6 +112,13 @@ impl LabLock {
         Ok(Self { _file: file })
     }
 
+    /// Whether somebody is changing the lab right now.
+    #[must_use]
+    pub fn is_held(lab: &str) -> bool {
+        let file = File::open(Self::path(lab));
+        file.is_ok_and(|file| matches!(file.try_lock(), Err(fs::TryLockError::WouldBlock)))
+    }
+
     /// The lock's file.
     #[must_use]
     pub fn path(lab: &str) -> PathBuf {
