@@ -8,19 +8,20 @@
 //! (kube has none of its own: use [`within`]).
 
 pub mod endpoint;
+mod pool;
 pub mod reload;
 pub mod tls;
 
 use crate::config::Config;
 use endpoint::{Endpoint, KubeconfigError};
 use hyper_rustls::{FixedServerNameResolver, HttpsConnectorBuilder};
-use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use kube::Client;
 use kube::client::ClientBuilder;
 use kube::client::middleware::BaseUriLayer;
+use pool::FreshPool;
 use reload::Reloading;
+use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::ServerName;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -137,7 +138,11 @@ impl Credentials {
                 )
             }
             kube::Error::Api(status) => status.message.clone(),
-            other => format!("{}: {}", self.server, endpoint::chain(other)),
+            other => {
+                let text = endpoint::chain(other);
+                let text = text.trim_start_matches("ServiceError: ");
+                format!("{}: {text}", self.server)
+            }
         }
     }
 }
@@ -159,7 +164,11 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-fn build(endpoint: &Endpoint, tls: rustls::ClientConfig) -> Result<Client, ApiError> {
+fn build(
+    endpoint: &Endpoint,
+    tls: rustls::ClientConfig,
+    identity: Arc<Reloading<Identity>>,
+) -> Result<Client, ApiError> {
     let mut http = HttpConnector::new();
     http.enforce_http(false);
     http.set_nodelay(true);
@@ -168,24 +177,28 @@ fn build(endpoint: &Endpoint, tls: rustls::ClientConfig) -> Result<Client, ApiEr
     http.set_keepalive_interval(Some(Duration::from_secs(5)));
     http.set_keepalive_retries(Some(3));
     http.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT));
-    let builder = HttpsConnectorBuilder::new()
-        .with_tls_config(tls)
-        .https_only();
-    let builder = if endpoint.server_name.is_empty() {
-        builder.enable_http1()
-    } else {
-        let name = ServerName::try_from(endpoint.server_name.clone()).map_err(|e| {
-            ApiError::Tls(format!("tls-server-name {:?}: {e}", endpoint.server_name))
-        })?;
-        builder
-            .with_server_name_resolver(FixedServerNameResolver::new(name))
-            .enable_http1()
+    let name = match endpoint.server_name.as_str() {
+        "" => None,
+        name => Some(
+            ServerName::try_from(name.to_owned())
+                .map_err(|e| ApiError::Tls(format!("tls-server-name {name:?}: {e}")))?,
+        ),
     };
-    let client = legacy::Client::builder(TokioExecutor::new())
-        .pool_timer(TokioTimer::new())
-        .pool_idle_timeout(Duration::from_secs(60))
-        .pool_max_idle_per_host(16)
-        .build(builder.wrap_connector(http));
+    let connect = move || {
+        let mut tls = tls.clone();
+        tls.resumption = Resumption::default();
+        let builder = HttpsConnectorBuilder::new()
+            .with_tls_config(tls)
+            .https_only();
+        let builder = match &name {
+            None => builder,
+            Some(name) => {
+                builder.with_server_name_resolver(FixedServerNameResolver::new(name.clone()))
+            }
+        };
+        builder.enable_http1().wrap_connector(http.clone())
+    };
+    let client = FreshPool::new(connect, identity);
     let service = tower::ServiceBuilder::new()
         .layer(BaseUriLayer::new(endpoint.server.clone()))
         .service(client);
@@ -199,8 +212,8 @@ pub fn connect(config: &Config) -> Result<Clients, ApiError> {
     let tls = tls::client_config(&endpoint, Arc::clone(&identity), provider())
         .map_err(|e| ApiError::Tls(e.to_string()))?;
     Ok(Clients {
-        main: build(&endpoint, tls.clone())?,
-        heartbeat: build(&endpoint, tls)?,
+        main: build(&endpoint, tls.clone(), Arc::clone(&identity))?,
+        heartbeat: build(&endpoint, tls, Arc::clone(&identity))?,
         credentials: Credentials {
             node: config.node_name.clone(),
             server: endpoint.server.to_string(),

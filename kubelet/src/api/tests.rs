@@ -111,3 +111,114 @@ fn a_missing_certificate_is_a_problem_and_not_an_error() {
     identity.look_now();
     assert_eq!(credentials.problem(), None);
 }
+
+/// A TLS server that answers each request with the common name of the client's certificate.
+async fn name_server(ca: &Authority) -> std::net::SocketAddr {
+    use hyper::service::service_fn;
+    let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+    params.distinguished_name.push(DnType::CommonName, "server");
+    let key = KeyPair::generate().unwrap();
+    let certificate = params.signed_by(&key, &ca.0).unwrap();
+    let roots = Arc::new(tls::roots(ca.1.as_bytes()).unwrap());
+    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(roots, provider())
+        .allow_unauthenticated()
+        .build()
+        .unwrap();
+    let config = rustls::ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(
+            vec![certificate.der().clone()],
+            rustls::pki_types::PrivateKeyDer::Pkcs8(key.serialize_der().into()),
+        )
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(stream) = acceptor.accept(stream).await else {
+                    return;
+                };
+                let name = stream.get_ref().1.peer_certificates().map(|chain| {
+                    use x509_parser::prelude::FromDer;
+                    let parsed = x509_parser::prelude::X509Certificate::from_der(&chain[0]);
+                    tls::subject(&parsed.unwrap().1).0
+                });
+                let name = name.unwrap_or_else(|| "nobody".to_owned());
+                let service = service_fn(move |_| {
+                    let body = http_body_util::Full::new(bytes::Bytes::from(name.clone()));
+                    async { Ok::<_, std::convert::Infallible>(http::Response::new(body)) }
+                });
+                let io = hyper_util::rt::TokioIo::new(stream);
+                let _ = hyper::server::conn::http1::Builder::new()
+                    .serve_connection(io, service)
+                    .await;
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_new_certificate_is_used_at_once_even_where_a_connection_is_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = authority();
+    let address = name_server(&ca).await;
+    let file = |name: &str| dir.path().join(name);
+    std::fs::write(file("ca.crt"), &ca.1).unwrap();
+    let endpoint = Endpoint {
+        server: format!("https://{address}").parse().unwrap(),
+        server_name: String::new(),
+        ca: reload::PemSource::File(file("ca.crt")),
+        certificate: reload::PemSource::File(file("tls.crt")),
+        key: reload::PemSource::File(file("tls.key")),
+    };
+    let identity = Arc::new(tls::node_identity(&endpoint, provider()));
+    let config = tls::client_config(&endpoint, Arc::clone(&identity), provider()).unwrap();
+    let client = build(&endpoint, config, Arc::clone(&identity)).unwrap();
+    let ask = || {
+        let request = http::Request::get("/").body(Vec::new()).unwrap();
+        client.request_text(request)
+    };
+    assert_eq!(ask().await.unwrap(), "nobody");
+    for name in ["system:node:a", "system:node:b"] {
+        let (cert, key) = certificate(&ca, name, "system:nodes", (2020, 2090));
+        std::fs::write(file("tls.key"), key).unwrap();
+        std::fs::write(file("tls.crt"), cert).unwrap();
+        identity.look_now();
+        assert_eq!(ask().await.unwrap(), name);
+        assert_eq!(ask().await.unwrap(), name);
+    }
+}
+
+#[tokio::test]
+async fn a_server_of_another_ca_is_refused_and_a_silent_one_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let address = name_server(&authority()).await;
+    let ca = dir.path().join("ca.crt");
+    std::fs::write(&ca, authority().1).unwrap();
+    let source = || reload::PemSource::File(ca.clone());
+    let endpoint = Endpoint {
+        server: format!("https://{address}").parse().unwrap(),
+        server_name: String::new(),
+        ca: source(),
+        certificate: source(),
+        key: source(),
+    };
+    let identity = Arc::new(tls::node_identity(&endpoint, provider()));
+    let config = tls::client_config(&endpoint, Arc::clone(&identity), provider()).unwrap();
+    let client = build(&endpoint, config, identity).unwrap();
+    let request = http::Request::get("/").body(Vec::new()).unwrap();
+    let error = client.request_text(request).await.unwrap_err();
+    assert!(
+        endpoint::chain(&error).contains("invalid peer certificate"),
+        "{error:?}"
+    );
+    let never = std::future::pending::<Result<(), kube::Error>>();
+    let error = within(Duration::from_millis(1), never).await.unwrap_err();
+    assert!(error.to_string().contains("no answer"), "{error}");
+}
