@@ -164,7 +164,7 @@ fn run_helper(spec: &SandboxSpec, report: &OwnedFd) -> ! {
         attrs::new_session()?;
         attrs::set_name(c"pod-init")?;
         for dir in &spec.helper_cgroups {
-            std::fs::write(dir.join("cgroup.procs"), "0")?;
+            crate::cgroup::join(dir)?;
         }
         let last = linux::caps::last_capability()?;
         mount::make_all_private()?;

@@ -146,7 +146,7 @@ fn isolate(stdio: &ChildStdio, note: &NoteSender, keep: &[RawFd]) -> Result<(), 
 
 fn join_cgroups(dirs: &[PathBuf]) -> Result<(), ShimError> {
     for dir in dirs {
-        std::fs::write(dir.join("cgroup.procs"), "0")
+        crate::cgroup::join(dir)
             .map_err(|e| system(format_args!("join cgroup {}", dir.display()), &e))?;
     }
     Ok(())
