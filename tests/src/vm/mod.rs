@@ -40,7 +40,7 @@ pub fn run(may_install: bool, cluster: bool) -> Result<Tally> {
     step.done("");
     let mut tally = suite::run(&image)?;
     if cluster {
-        tally.add(node::run(&image, may_install)?);
+        tally.add(node::run(&image, may_install, None)?);
     }
     Ok(tally)
 }

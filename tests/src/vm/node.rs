@@ -37,22 +37,29 @@ pub(super) struct Guest {
     pub(super) machine: Machine,
 }
 
-/// Brings up a control plane, joins the machine, runs the checks and removes everything.
+/// Brings up a control plane, joins the machine, runs the checks and removes everything. The
+/// programs are built when none are given.
 ///
 /// # Errors
 /// When the lab cannot be brought up or taken down, or the machine not be booted.
-pub fn run(image: &Image, may_install: bool) -> Result<Tally> {
+pub fn run(image: &Image, may_install: bool, programs: Option<Programs>) -> Result<Tally> {
     // What an interrupted run left.
     cluster::down(LAB)?;
-    let tally = joined(image, may_install);
+    let tally = joined(image, may_install, programs);
     cluster::down(LAB)?;
     tally
 }
 
-fn joined(image: &Image, may_install: bool) -> Result<Tally> {
-    let step = Step::begin("build kubelet (lab), pod-shim, cni-bridge");
-    let programs = ours::build("lab")?;
-    step.done("");
+fn joined(image: &Image, may_install: bool, programs: Option<Programs>) -> Result<Tally> {
+    let programs = match programs {
+        Some(programs) => programs,
+        None => {
+            let step = Step::begin("build kubelet (lab), pod-shim, cni-bridge");
+            let programs = ours::build("lab")?;
+            step.done("");
+            programs
+        }
+    };
     let lab = cluster::up(&UpOptions {
         lab: LAB.to_owned(),
         nodes: Some(0),
@@ -71,7 +78,12 @@ fn joined(image: &Image, may_install: bool) -> Result<Tally> {
     step.done("");
     let tally = check(&mut guest);
     let Guest { lab, machine } = guest;
-    machine.power_off()?;
+    if tally.failed == 0 {
+        machine.power_off()?;
+    } else {
+        // With pods left, a shutdown waits long for what does not end; nothing of it is kept.
+        drop(machine);
+    }
     drop(lab);
     Ok(tally)
 }

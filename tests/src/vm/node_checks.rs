@@ -90,7 +90,8 @@ fn exec(guest: &Guest, script: &str) -> Result<String> {
 }
 
 fn cgroups(guest: &mut Guest) -> Result<()> {
-    let own = exec(guest, "cat /proc/self/cgroup")?;
+    // Of its first process: a command run by exec has a cgroup of its own below that.
+    let own = exec(guest, "cat /proc/1/cgroup")?;
     ensure!(
         own.trim() == "0::/",
         "a container sees itself in cgroup {own:?}"
