@@ -41,8 +41,11 @@ pub fn run(image: &Image) -> Result<Tally> {
     };
     let step = Step::begin("tests in the virtual machine");
     let mut tally = Tally::default();
+    let mut filter = Filter::default();
     let code = Machine::boot(image, &job, &options)?.finish(|line| {
-        println!("{line}");
+        if filter.shows(line) {
+            println!("{line}");
+        }
         if let Some(counted) = parse_result(line) {
             tally.add(counted);
         }
@@ -66,13 +69,31 @@ fn script(programs: &[PathBuf]) -> String {
         let (name, _) = name.rsplit_once('-').unwrap_or((&name, ""));
         script.push_str(&format!(
             "echo \"== {name}\"; start=$(date +%s); \
-             timeout {PROGRAM_LIMIT} {} --test-threads=2 --color=never 2>&1 || {{ code=1; echo \"!! {name} failed\"; }}; \
+             timeout {PROGRAM_LIMIT} {} --test-threads=2 --color=never --show-output 2>&1 || {{ code=1; echo \"!! {name} failed\"; }}; \
              echo \"== {name}: $(($(date +%s) - start)) s\"\n",
             program.display()
         ));
     }
     script.push_str("exit $code");
     script
+}
+
+/// Hides what tests that passed have printed, but for the reasons why they skipped something: a
+/// machine that is there to show everything must not skip in silence.
+#[derive(Debug, Default)]
+struct Filter {
+    successes: bool,
+}
+
+impl Filter {
+    fn shows(&mut self, line: &str) -> bool {
+        if line == "successes:" {
+            self.successes = true;
+        } else if line == "failures:" || line.starts_with("test result:") {
+            self.successes = false;
+        }
+        !self.successes || line.starts_with("skipped")
+    }
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -126,6 +147,25 @@ mod tests {
         let programs = parse_programs(messages).unwrap();
         assert_eq!(programs.tests, ["/t/a", "/t/b"].map(PathBuf::from));
         assert_eq!(programs.helpers, ["/t/shim"].map(PathBuf::from));
+    }
+
+    #[test]
+    fn of_tests_that_passed_only_the_reasons_for_skipping_are_shown() {
+        let mut filter = Filter::default();
+        let output = "test a ... ok\nsuccesses:\n---- a stdout ----\nnoise\nskipped: no wheel\n\
+                      failures:\n---- b stdout ----\nwhy\ntest result: FAILED.";
+        let shown: Vec<&str> = output.lines().filter(|line| filter.shows(line)).collect();
+        assert_eq!(
+            shown,
+            [
+                "test a ... ok",
+                "skipped: no wheel",
+                "failures:",
+                "---- b stdout ----",
+                "why",
+                "test result: FAILED."
+            ]
+        );
     }
 
     #[test]
