@@ -11,6 +11,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 use kubelet::config::flags;
 use kubelet::node::object::KUBELET_VERSION;
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 /// Asked wrongly.
@@ -88,8 +89,7 @@ pub(crate) fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Some(("image", matches)) => image::main(matches),
         Some(_) | None if matches.get_flag("version") => {
             // The words stock tools look for (kubeadm reads the version from here).
-            println!("Kubernetes {KUBELET_VERSION}");
-            ExitCode::SUCCESS
+            print(format!("Kubernetes {KUBELET_VERSION}\n").as_bytes())
         }
         Some(_) | None => agent(&matches),
     }
@@ -99,8 +99,20 @@ fn completion(matches: &ArgMatches) -> ExitCode {
     let Some(shell) = matches.get_one::<clap_complete::Shell>("shell") else {
         return ExitCode::from(USAGE);
     };
-    clap_complete::generate(*shell, &mut command(), "kubelet", &mut std::io::stdout());
-    ExitCode::SUCCESS
+    let mut script = Vec::new();
+    clap_complete::generate(*shell, &mut command(), "kubelet", &mut script);
+    print(&script)
+}
+
+/// Writes to stdout. A reader that went away (`| head`) has all it wants.
+fn print(bytes: &[u8]) -> ExitCode {
+    match std::io::stdout().write_all(bytes) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            eprintln!("kubelet: write to stdout: {error}");
+            ExitCode::FAILURE
+        }
+        Ok(()) | Err(_) => ExitCode::SUCCESS,
+    }
 }
 
 fn agent(matches: &ArgMatches) -> ExitCode {
@@ -130,10 +142,12 @@ fn check(config: &kubelet::config::Config) -> ExitCode {
         eprintln!("kubelet: note: {note}");
     }
     match serde_json::to_string_pretty(&config.effective) {
-        Ok(text) => println!("{text}"),
-        Err(error) => eprintln!("kubelet: {error}"),
+        Ok(text) => print(format!("{text}\n").as_bytes()),
+        Err(error) => {
+            eprintln!("kubelet: print the configuration: {error}");
+            ExitCode::FAILURE
+        }
     }
-    ExitCode::SUCCESS
 }
 
 #[cfg(test)]

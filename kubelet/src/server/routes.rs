@@ -165,7 +165,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
             ["containerLogs", namespace, pod, container] if debugging => {
                 match self.find(namespace, pod, None, container) {
                     Ok(place) => self.container_logs(&request, &place),
-                    Err(response) => response,
+                    Err(response) => *response,
                 }
             }
             ["exec", namespace, pod, container] if debugging => {
@@ -206,8 +206,8 @@ impl<R: RuntimeService + ImageService> Server<R> {
         pod: &str,
         uid: Option<&str>,
         container: &str,
-    ) -> Result<Place, Response<Body>> {
-        let missing = |message: String| text(StatusCode::NOT_FOUND, message);
+    ) -> Result<Place, Box<Response<Body>>> {
+        let missing = |message: String| Box::new(text(StatusCode::NOT_FOUND, message));
         let entry = self
             .index
             .get(namespace, pod)
@@ -291,7 +291,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
     async fn exec(
         &self,
         request: Request<Incoming>,
-        place: Result<Place, Response<Body>>,
+        place: Result<Place, Box<Response<Body>>>,
     ) -> Response<Body> {
         self.session(request, place, |runtime, id, options| async move {
             if options.command.is_empty() {
@@ -308,7 +308,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
     async fn attach(
         &self,
         request: Request<Incoming>,
-        place: Result<Place, Response<Body>>,
+        place: Result<Place, Box<Response<Body>>>,
     ) -> Response<Body> {
         self.session(request, place, |runtime, id, options| async move {
             runtime
@@ -323,7 +323,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
     async fn session<O, F>(
         &self,
         mut request: Request<Incoming>,
-        place: Result<Place, Response<Body>>,
+        place: Result<Place, Box<Response<Body>>>,
         open: O,
     ) -> Response<Body>
     where
@@ -332,7 +332,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
     {
         let place = match place {
             Ok(place) => place,
-            Err(response) => return response,
+            Err(response) => return *response,
         };
         let options = match StreamOptions::from_query(&query(request.uri())) {
             Ok(options) => options,

@@ -67,13 +67,16 @@ impl StreamOptions {
     }
 }
 
+/// The protocol agreed on, and the answer that says so.
+pub type Accepted = (Protocol, Response<Empty<Bytes>>);
+/// The status and the sentence of a refusal.
+pub type Refused = (StatusCode, String);
+
 /// Checks an upgrade request (RFC 6455 §4.2) and makes its answer.
 ///
 /// # Errors
 /// The status and sentence for a request that is no WebSocket upgrade we can serve.
-pub fn accept(
-    headers: &HeaderMap,
-) -> Result<(Protocol, Response<Empty<Bytes>>), (StatusCode, String)> {
+pub fn accept(headers: &HeaderMap) -> Result<Accepted, Refused> {
     let has = |name, word: &str| {
         headers
             .get_all(name)
