@@ -89,14 +89,18 @@ pub enum AgentError {
 /// is waited for.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentError> {
     let config = Arc::new(config);
-    let engine = Engine::open(engine_config(&config)).await.map_err(|e| AgentError::Runtime {
-        root: config.runtime_root.display().to_string(),
-        message: e.message,
-    })?;
+    let engine = Engine::open(engine_config(&config))
+        .await
+        .map_err(|e| AgentError::Runtime {
+            root: config.runtime_root.display().to_string(),
+            message: e.message,
+        })?;
     let Some(clients) = connect_when_possible(&config, &stop).await else {
         return Ok(());
     };
-    Agent::new(config, clients, Arc::new(engine), stop).run().await
+    Agent::new(config, clients, Arc::new(engine), stop)
+        .run()
+        .await
 }
 
 /// The engine's part of the configuration.
@@ -137,7 +141,9 @@ pub struct Agent<R> {
 
 impl<R> std::fmt::Debug for Agent<R> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Agent").field("node", &self.config.node_name).finish_non_exhaustive()
+        f.debug_struct("Agent")
+            .field("node", &self.config.node_name)
+            .finish_non_exhaustive()
     }
 }
 
@@ -149,7 +155,13 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         runtime: Arc<R>,
         stop: CancellationToken,
     ) -> Self {
-        Self { config, clients, runtime, tracker: TaskTracker::new(), stop }
+        Self {
+            config,
+            clients,
+            runtime,
+            tracker: TaskTracker::new(),
+            stop,
+        }
     }
 
     /// Runs until stopped.
@@ -157,12 +169,16 @@ impl<R: RuntimeService + ImageService> Agent<R> {
     /// # Errors
     /// When a part cannot start: a port that is taken, a cgroup that cannot be made.
     pub async fn run(self) -> Result<(), AgentError> {
-        let (node, handle) =
-            Node::new(self.runtime.clone(), self.config.clone(), self.clients.clone());
+        let (node, handle) = Node::new(
+            self.runtime.clone(),
+            self.config.clone(),
+            self.clients.clone(),
+        );
         let context = launch_context(&self.config, &handle);
         self.ensure_qos_tree(&context, &handle)?;
         let (events, poster) = EventSink::new(&self.config.node_name);
-        self.tracker.spawn(poster.run(self.clients.main.clone(), self.stop.clone()));
+        self.tracker
+            .spawn(poster.run(self.clients.main.clone(), self.stop.clone()));
 
         let index = PodIndex::new();
         self.start_pods(context, &events, &index)?;
@@ -171,7 +187,10 @@ impl<R: RuntimeService + ImageService> Agent<R> {
 
         self.stop.cancel();
         self.tracker.close();
-        if tokio::time::timeout(SHUTDOWN, self.tracker.wait()).await.is_err() {
+        if tokio::time::timeout(SHUTDOWN, self.tracker.wait())
+            .await
+            .is_err()
+        {
             warn!(tasks = self.tracker.len(), "Some tasks did not end in time");
         }
         info!("The agent has ended; pods go on");
@@ -230,11 +249,22 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         });
         let (changes_tx, changes) = mpsc::channel(source::QUEUE);
         let (retry, retries) = mpsc::channel(source::QUEUE);
-        let inputs = Inputs { changes, probes: probe_updates, objects: retries };
-        self.tracker.spawn(Manager::new(deps).run(inputs, self.stop.clone()));
-        self.tracker.spawn(follow_objects(objects, retry, self.stop.clone()));
+        let inputs = Inputs {
+            changes,
+            probes: probe_updates,
+            objects: retries,
+        };
+        self.tracker
+            .spawn(Manager::new(deps).run(inputs, self.stop.clone()));
+        self.tracker
+            .spawn(follow_objects(objects, retry, self.stop.clone()));
         let node = self.config.node_name.clone();
-        self.tracker.spawn(source::apiserver::run(client, node, changes_tx, self.stop.clone()));
+        self.tracker.spawn(source::apiserver::run(
+            client,
+            node,
+            changes_tx,
+            self.stop.clone(),
+        ));
         Ok(())
     }
 
@@ -249,7 +279,10 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             let (tracker, stop) = (self.tracker.clone(), self.stop.clone());
             server::serve_health(settings.healthz, || None, tracker, stop)
                 .await
-                .map_err(|e| AgentError::Serve { what: "healthz", message: e.to_string() })
+                .map_err(|e| AgentError::Serve {
+                    what: "healthz",
+                    message: e.to_string(),
+                })
         };
         let api = async {
             if !settings.enabled {
@@ -266,7 +299,10 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             };
             server::serve(server, self.stop.clone())
                 .await
-                .map_err(|e| AgentError::Serve { what: "the HTTPS API", message: e.to_string() })
+                .map_err(|e| AgentError::Serve {
+                    what: "the HTTPS API",
+                    message: e.to_string(),
+                })
         };
         tokio::try_join!(health, api).map(drop)
     }
@@ -288,7 +324,10 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         for (path, resources) in qos::tree(context, limits, []) {
             self.runtime
                 .ensure_cgroup(&path, &resources)
-                .map_err(|e| AgentError::Cgroup { path, message: e.message })?;
+                .map_err(|e| AgentError::Cgroup {
+                    path,
+                    message: e.message,
+                })?;
         }
         Ok(())
     }
@@ -334,7 +373,10 @@ fn launch_context(config: &Config, handle: &NodeHandle) -> LaunchContext {
         allocatable: allocatable
             .map(|(name, amount)| {
                 let amount = amount.to_string();
-                (name.clone(), k8s_openapi::apimachinery::pkg::api::resource::Quantity(amount))
+                (
+                    name.clone(),
+                    k8s_openapi::apimachinery::pkg::api::resource::Quantity(amount),
+                )
             })
             .collect::<BTreeMap<_, _>>(),
         memory_capacity: handle.capacity().get("memory").map_or(0, |q| q.value()),
@@ -344,7 +386,8 @@ fn launch_context(config: &Config, handle: &NodeHandle) -> LaunchContext {
         host_hosts: read_text(Path::new("/etc/hosts")),
         kubepods: "/kubepods".to_owned(),
         cpu_cfs_quota: config.cpu_cfs_quota,
-        cpu_cfs_period_us: u64::try_from(config.cpu_cfs_quota_period.as_micros()).unwrap_or(100_000),
+        cpu_cfs_period_us: u64::try_from(config.cpu_cfs_quota_period.as_micros())
+            .unwrap_or(100_000),
         cgroup_v2: Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
         single_process_oom_kill: config.single_process_oom_kill,
         pod_pids_limit: Some(config.pod_pids_limit).filter(|limit| *limit > 0),
@@ -370,7 +413,10 @@ fn read_text(path: &Path) -> String {
 fn hugepage_sizes() -> Vec<String> {
     let names = linux::fs::list_dir(Path::new("/sys/kernel/mm/hugepages")).unwrap_or_default();
     let sizes = names.iter().filter_map(|name| {
-        let kilobytes = name.to_str()?.strip_prefix("hugepages-")?.strip_suffix("kB")?;
+        let kilobytes = name
+            .to_str()?
+            .strip_prefix("hugepages-")?
+            .strip_suffix("kB")?;
         let kilobytes: u64 = kilobytes.parse().ok()?;
         Some(match kilobytes {
             k if k >= 1 << 20 => format!("{}GB", k >> 20),

@@ -109,7 +109,8 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
         if let Err(error) = self.volumes.update(pod).await {
             let text = error.to_string();
             let warning = EventType::Warning;
-            self.events.pod_event(pod, None, warning, error.reason(), text);
+            self.events
+                .pod_event(pod, None, warning, error.reason(), text);
         }
     }
 

@@ -18,4 +18,5 @@ pub mod state;
 mod termination;
 #[cfg(test)]
 mod tests;
+mod track;
 pub mod worker;

@@ -8,19 +8,18 @@
 use super::environment::PodEnvironment;
 use super::execute::{self, Ended, Outcome};
 use super::index::{ContainerRefs, PodEntry, PodIndex};
-use super::plan::{self, Action, KillReason, PlanInput, PodPlan, Waiting};
+use super::plan::{self, Action, KillContainer, KillReason, PlanInput, PodPlan, Waiting};
 use super::spec::{self, ContainerKind};
 use super::state::{Cause, CrashBackoff, Health, Lifecycle, Steps, Terminating, UnhealthyKind};
-use super::termination;
 use crate::events::{EventSink, EventType, container_path, init_container_path};
 use crate::observe::{self, PodObservation};
-use crate::probes::{Adopted, ProbeKind, ProbeTarget, ProbeUpdate, Probes};
+use crate::probes::{ProbeKind, ProbeUpdate, Probes};
 use crate::status::derive::{DeriveInput, derive};
 use crate::status::publish::StatusPublisher;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Container, Pod, PodStatus};
-use runtime::service::{ContainerId, ContainerState, ContainerStatus, RuntimeService};
-use std::collections::{BTreeMap, BTreeSet};
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use runtime::service::{ContainerId, RuntimeService};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -99,16 +98,16 @@ pub struct Worker<R: RuntimeService, E: PodEnvironment> {
     gone: bool,
     lifecycle: Lifecycle,
     pub(super) steps: Steps,
-    health: Health,
+    pub(super) health: Health,
     pub(super) backoffs: BTreeMap<String, CrashBackoff>,
     pub(super) volumes: Option<E::Volumes>,
     pub(super) images: BTreeMap<String, E::Image>,
-    messages: BTreeMap<ContainerId, String>,
+    pub(super) messages: BTreeMap<ContainerId, String>,
     announced_backoff: BTreeMap<String, ContainerId>,
     status: Arc<PodStatus>,
     published: bool,
     start_time: Timestamp,
-    adopting: bool,
+    pub(super) adopting: bool,
     pub(super) actions: JoinSet<Outcome<E>>,
     pulls: Vec<AbortHandle>,
     panicked: bool,
@@ -359,107 +358,6 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         }
     }
 
-    /// Keeps probes, last words and step memory in line with what exists.
-    fn track(&mut self, observed: &PodObservation) {
-        let ids: BTreeSet<_> = observed.containers.iter().map(|c| c.id.clone()).collect();
-        self.health.retain(&ids);
-        self.messages.retain(|id, _| ids.contains(id));
-        self.steps
-            .kills
-            .retain(|id, k| ids.contains(id) || k.step.is_running());
-        let adopting = std::mem::replace(&mut self.adopting, false);
-        let pod = self.pod.clone();
-        let Some(spec) = pod.spec.as_ref() else {
-            return;
-        };
-        for instance in &observed.containers {
-            let Some(container) = spec::container(spec, &instance.config.name) else {
-                continue;
-            };
-            match &instance.state {
-                ContainerState::Created => {}
-                ContainerState::Running { started_at_ns, .. } => {
-                    if has_probes(container.spec) && container.kind != ContainerKind::Init {
-                        let adopted = if adopting {
-                            self.adopt(container.spec, instance)
-                        } else {
-                            None
-                        };
-                        self.probe(container.spec, instance, *started_at_ns, observed, adopted);
-                    }
-                }
-                ContainerState::Exited { .. } => {
-                    if !self.messages.contains_key(&instance.id) {
-                        self.deps.probes.remove_container(&instance.id);
-                        let words = termination::read(container.spec, instance);
-                        self.messages.insert(instance.id.clone(), words);
-                    }
-                }
-            }
-        }
-    }
-
-    /// After a restart of the agent: what the apiserver was told of an instance still holds, so
-    /// that nothing flips.
-    fn adopt(&mut self, container: &Container, instance: &ContainerStatus) -> Option<Adopted> {
-        let id = format!("ferrule://{}", instance.id);
-        let told = self.pod.status.as_ref().and_then(|s| {
-            let mut all = s
-                .container_statuses
-                .iter()
-                .chain(&s.init_container_statuses)
-                .flatten();
-            all.find(|c| c.name == instance.config.name && c.container_id.as_ref() == Some(&id))
-        })?;
-        let adopted = Adopted {
-            started: told.started == Some(true) || container.startup_probe.is_none(),
-            ready: told.ready,
-        };
-        self.health
-            .started
-            .insert(instance.id.clone(), adopted.started);
-        self.health.ready.insert(instance.id.clone(), adopted.ready);
-        Some(adopted)
-    }
-
-    /// Has a running instance probed. Idempotent.
-    fn probe(
-        &self,
-        container: &Container,
-        instance: &ContainerStatus,
-        started_at_ns: i64,
-        observed: &PodObservation,
-        adopted: Option<Adopted>,
-    ) {
-        let sandbox = observed
-            .sandboxes
-            .iter()
-            .find(|s| s.id == instance.sandbox_id);
-        let host_network = self
-            .pod
-            .spec
-            .as_ref()
-            .is_some_and(|s| s.host_network == Some(true));
-        let pod_ip = if host_network {
-            self.deps
-                .environment
-                .host_ips()
-                .first()
-                .and_then(|ip| ip.parse().ok())
-        } else {
-            sandbox.and_then(|s| s.ips.first().copied())
-        };
-        let running_ns = nanoseconds(Timestamp::now()).saturating_sub(started_at_ns);
-        self.deps.probes.ensure(ProbeTarget {
-            pod: self.pod.clone(),
-            container_name: container.name.clone(),
-            container_id: instance.id.clone(),
-            pod_ip,
-            running_for: Duration::from_nanos(u64::try_from(running_ns).unwrap_or(0)),
-            adopted,
-        });
-    }
-
     /// Tells users once per crash that a restart has to wait.
     fn announce_backoff(&mut self, observed: &PodObservation, waiting: &BTreeMap<String, Waiting>) {
         for (name, _) in waiting
@@ -532,12 +430,12 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
 
     /// Starts an action.
     fn begin(&mut self, action: Action, observed: &PodObservation) {
-        if let Action::KillContainer {
+        if let Action::KillContainer(KillContainer {
             id,
             container,
             grace_s,
             reason,
-        } = &action
+        }) = &action
         {
             let kill = self.steps.kills.entry(id.clone()).or_default();
             let again = kill.step.is_running();
@@ -569,7 +467,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         }
         let is_pull = matches!(action, Action::EnsureImage { .. });
         let handle = execute::begin(self, action, observed, self.status.clone());
-        if is_pull && let Some(handle) = handle {
+        if is_pull {
             self.pulls.retain(|p| !p.is_finished());
             self.pulls.push(handle);
         }
@@ -589,13 +487,6 @@ enum Next {
 /// Nanoseconds since the epoch; until 2262.
 pub(super) fn nanoseconds(at: Timestamp) -> i64 {
     i64::try_from(at.as_nanosecond()).unwrap_or(i64::MAX)
-}
-
-/// Whether anything is to be probed.
-fn has_probes(container: &Container) -> bool {
-    container.liveness_probe.is_some()
-        || container.readiness_probe.is_some()
-        || container.startup_probe.is_some()
 }
 
 /// Where in the spec a container is, for events.

@@ -143,7 +143,10 @@ mod tests {
         let wanted = with(condition("Ready", "True", None));
         let patch = patch("u", &base, &wanted).unwrap();
         let sent = &patch["status"]["conditions"];
-        assert_eq!(*sent, json!([{"type": "Ready", "status": "True", "reason": null}]));
+        assert_eq!(
+            *sent,
+            json!([{"type": "Ready", "status": "True", "reason": null}])
+        );
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Ending a pod: kill, give back, tell, forget.
 
-use super::{Action, KillReason, PlanInput, PodPlan};
+use super::{Action, KillContainer, KillReason, PlanInput, PodPlan};
 use crate::observe;
 use crate::pod::spec::{self, ContainerKind};
 use crate::pod::state::{Cause, Lifecycle, Step, Terminating};
@@ -56,12 +56,12 @@ fn kill(input: &PlanInput<'_>, ending: &Terminating, plan: &mut PodPlan) -> bool
         let kill = input.steps.kills.get(&container.id);
         let shorter = kill.is_some_and(|k| k.step.is_running() && ending.grace_s < k.grace_s);
         if shorter || kill.is_none_or(|k| k.step.is_due(input.now_ns)) {
-            plan.actions.push(Action::KillContainer {
+            plan.actions.push(Action::KillContainer(KillContainer {
                 id: container.id.clone(),
                 container: container.config.name.clone(),
                 grace_s: ending.grace_s,
                 reason: KillReason::PodEnds,
-            });
+            }));
         }
         plan.wake_at(kill.and_then(|k| k.step.retry_at_ns()));
     }

@@ -113,29 +113,9 @@ pub enum Action {
         container: String,
     },
     /// Create and start an instance.
-    StartContainer {
-        /// Container name.
-        container: String,
-        /// Sandbox to put it in.
-        sandbox: SandboxId,
-        /// Instances before it.
-        attempt: u32,
-        /// A half-made instance to remove first.
-        replaces: Option<ContainerId>,
-        /// When the instance before ended, if there was one: counts for the back-off.
-        predecessor_finished_ns: Option<i64>,
-    },
+    StartContainer(StartContainer),
     /// Stop an instance.
-    KillContainer {
-        /// Instance.
-        id: ContainerId,
-        /// Container name.
-        container: String,
-        /// Seconds between the stop signal and SIGKILL.
-        grace_s: u64,
-        /// Why.
-        reason: KillReason,
-    },
+    KillContainer(KillContainer),
     /// Forget a dead instance.
     RemoveContainer(ContainerId),
     /// Give volumes and the pod cgroup back.
@@ -144,6 +124,34 @@ pub enum Action {
     Purge,
     /// Report for the last time and confirm the deletion at the apiserver.
     Farewell,
+}
+
+/// A start: see [`Action::StartContainer`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StartContainer {
+    /// Container name.
+    pub container: String,
+    /// Sandbox to put it in.
+    pub sandbox: SandboxId,
+    /// Instances before it.
+    pub attempt: u32,
+    /// A half-made instance to remove first.
+    pub replaces: Option<ContainerId>,
+    /// When the instance before ended, if there was one: counts for the back-off.
+    pub predecessor_finished_ns: Option<i64>,
+}
+
+/// A kill: see [`Action::KillContainer`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KillContainer {
+    /// Instance.
+    pub id: ContainerId,
+    /// Container name.
+    pub container: String,
+    /// Seconds between the stop signal and SIGKILL.
+    pub grace_s: u64,
+    /// Why.
+    pub reason: KillReason,
 }
 
 /// Decides.

@@ -1,6 +1,6 @@
 //! A pod that shall run: which containers start, wait, or are replaced.
 
-use super::{Action, KillReason, PlanInput, PodPlan, Waiting};
+use super::{Action, KillContainer, KillReason, PlanInput, PodPlan, StartContainer, Waiting};
 use crate::launch::ANNOTATION_HASH;
 use crate::launch::hash::container_hash;
 use crate::observe;
@@ -133,12 +133,12 @@ fn replace_unfit(input: &PlanInput<'_>, spec: &PodSpec, plan: &mut PodPlan) {
         }
         .and_then(|p| p.termination_grace_period_seconds)
         .and_then(|s| u64::try_from(s).ok());
-        plan.actions.push(Action::KillContainer {
+        plan.actions.push(Action::KillContainer(KillContainer {
             id: instance.id.clone(),
             container: container.spec.name.clone(),
             grace_s: probe_grace.unwrap_or_else(|| spec::grace_seconds(input.pod)),
             reason,
-        });
+        }));
     }
 }
 
@@ -361,11 +361,11 @@ fn start(
     else {
         return;
     };
-    plan.actions.push(Action::StartContainer {
+    plan.actions.push(Action::StartContainer(StartContainer {
         container: name.clone(),
         sandbox: sandbox.id.clone(),
         attempt: want.attempt,
         replaces: want.replaces.map(|c| c.id.clone()),
         predecessor_finished_ns: want.finished_ns,
-    });
+    }));
 }

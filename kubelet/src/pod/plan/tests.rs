@@ -72,25 +72,25 @@ fn word(action: &Action) -> String {
         Action::StopSandbox(id) => format!("stop {id}"),
         Action::RemoveSandbox(id) => format!("remove {id}"),
         Action::EnsureImage { container } => format!("image {container}"),
-        Action::StartContainer {
+        Action::StartContainer(StartContainer {
             container,
             sandbox,
             attempt,
             replaces,
             ..
-        } => {
+        }) => {
             let replaces = replaces
                 .as_ref()
                 .map(|r| format!(" for {r}"))
                 .unwrap_or_default();
             format!("start {container} {attempt} in {sandbox}{replaces}")
         }
-        Action::KillContainer {
+        Action::KillContainer(KillContainer {
             id,
             grace_s,
             reason,
             ..
-        } => {
+        }) => {
             format!("kill {id} {grace_s}s {reason:?}")
         }
         Action::RemoveContainer(id) => format!("remove {id}"),
@@ -468,7 +468,7 @@ fn a_terminating_pod_is_never_undeleted_nor_restarted() {
         !plan
             .actions
             .iter()
-            .any(|a| matches!(a, Action::StartContainer { .. }))
+            .any(|a| matches!(a, Action::StartContainer(_)))
     );
     assert!(matches!(plan.lifecycle, Lifecycle::Terminating(_)));
 }
