@@ -45,13 +45,17 @@ pub(super) fn conditions(
     network_ready: bool,
 ) -> Vec<PodCondition> {
     let previous = input.previous.conditions.as_deref().unwrap_or_default();
-    let mut all: Vec<_> = previous
+    // Others' conditions (readiness gates) are as new as the object the watch brought last; what
+    // this node derived before may not know them yet.
+    let newest = input.pod.status.as_ref().and_then(|s| s.conditions.as_deref());
+    let mut all: Vec<_> = newest
+        .unwrap_or_default()
         .iter()
         .filter(|c| !OWNED.contains(&c.type_.as_str()))
         .cloned()
         .collect();
     let containers_ready = containers_ready(spec, status);
-    let ready = ready(spec, &containers_ready, previous);
+    let ready = ready(spec, &containers_ready, &all);
     let values = [
         Value {
             status: network_ready,

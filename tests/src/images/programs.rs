@@ -10,21 +10,34 @@ use std::process::Command;
 /// Sleeps, reaps, and leaves at SIGINT or SIGTERM.
 const PAUSE_SOURCE: &str = include_str!("../../images/pause.c");
 
+/// Chooses the shell of the busybox image.
+const SHELL_SOURCE: &str = include_str!("../../images/sh.c");
+
 /// The pause program: static, a few KiB of our own and libc.
 pub(super) fn pause(cache: &Path) -> Result<PathBuf> {
+    compiled(cache, "pause", PAUSE_SOURCE)
+}
+
+/// The busybox image's `/bin/sh`.
+pub(super) fn shell(cache: &Path) -> Result<PathBuf> {
+    compiled(cache, "sh", SHELL_SOURCE)
+}
+
+/// A static program of one C file.
+fn compiled(cache: &Path, name: &str, source: &str) -> Result<PathBuf> {
     let mut inputs = Inputs::default();
-    inputs.word(PAUSE_SOURCE);
-    let dir = cache::ensure(cache, "pause", &inputs, |dir| {
-        let source = dir.join("pause.c");
-        std::fs::write(&source, PAUSE_SOURCE)?;
+    inputs.word(source);
+    let dir = cache::ensure(cache, name, &inputs, |dir| {
+        let file = dir.join(name).with_extension("c");
+        std::fs::write(&file, source)?;
         let mut cc = Command::new("cc");
         cc.args(["-Os", "-static", "-s", "-o"])
-            .arg(dir.join("pause"))
-            .arg(&source);
+            .arg(dir.join(name))
+            .arg(&file);
         command::stdout(&mut cc)?;
         Ok(())
     })?;
-    Ok(dir.join("pause"))
+    Ok(dir.join(name))
 }
 
 /// agnhost itself.

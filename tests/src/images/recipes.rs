@@ -94,12 +94,14 @@ fn pause(cache: &Path, store: &Store) -> Result<Image> {
     Ok(image(vec![layer], &run))
 }
 
-/// Debian's static busybox with all its names as hard links, and a static bash as `sh`:
-/// busybox's own shell drops environment names such as `data-1`, which tests print.
+/// Debian's static busybox with all its names as hard links, and a static bash: busybox's own
+/// shell drops environment names such as `data-1`, which tests print, so `sh` chooses.
 fn busybox_layer(cache: &Path, store: &Store) -> Result<Blob> {
+    let shell = programs::shell(cache)?;
     let mut inputs = Inputs::default();
     inputs
-        .word("busybox-static bash-static 2")
+        .word("busybox-static bash-static 4")
+        .word(&shell.display().to_string())
         .word(BUSYBOX_PASSWD)
         .word(BUSYBOX_GROUP);
     let scratch = cache.join(format!("debs-busybox.{}", std::process::id()));
@@ -120,6 +122,9 @@ fn busybox_layer(cache: &Path, store: &Store) -> Result<Blob> {
             .dir("sbin", 0o755)
             .dir("usr/lib", 0o755);
         for applet in applets(&scratch, &program)? {
+            if applet == "sh" {
+                continue;
+            }
             layer.hardlink(&format!("bin/{applet}"), "bin/busybox");
         }
         layer.file("bin/busybox", 0o755, program);
@@ -128,7 +133,7 @@ fn busybox_layer(cache: &Path, store: &Store) -> Result<Blob> {
             0o755,
             debian::file(&debs[1], "bin/bash-static")?,
         );
-        layer.hardlink("bin/sh", "bin/bash");
+        layer.file("bin/sh", 0o755, fs::read(&shell)?);
         layer.symlink("usr/bin/env", "../../bin/env");
         layer
             .file("etc/passwd", 0o644, BUSYBOX_PASSWD)
