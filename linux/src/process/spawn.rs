@@ -258,6 +258,17 @@ mod tests {
             fd3: Some(hold.as_fd()),
         };
         let pid = program.spawn(&options).unwrap();
+        // The parent goes on an instant before the new program is visible in /proc.
+        let exe = format!("/proc/{pid}/exe");
+        let visible = |exe: &str| {
+            std::fs::read_link(exe)
+                .unwrap()
+                .to_string_lossy()
+                .contains("memfd:")
+        };
+        while !visible(&exe) {
+            std::thread::yield_now();
+        }
         assert!(
             SealedProgram::from_live(pid, Path::new("/bin/cat"))
                 .unwrap()
