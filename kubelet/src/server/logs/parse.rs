@@ -105,7 +105,8 @@ pub fn tail_start(log: &[u8], lines: u64) -> usize {
         let body = &log[..end - usize::from(log[end - 1] == b'\n')];
         let start = body.iter().rposition(|b| *b == b'\n').map_or(0, |p| p + 1);
         let full = !record(&body[start..]).is_some_and(|r| r.partial);
-        if full {
+        // A last line without its end is a line too: many programs end that way.
+        if full || end == log.len() {
             if seen == lines {
                 return end;
             }
@@ -166,6 +167,14 @@ mod tests {
         assert_eq!(tail(2), "two\n\n");
         assert_eq!(tail(3), "one\ntwo\n\n");
         assert_eq!(tail(99), "one\ntwo\n\n");
+    }
+
+    #[test]
+    fn a_last_line_without_its_end_counts() {
+        let log = [LOG, b"2026-01-01T00:00:04.000000000Z stdout P three\n"].concat();
+        let tail = |n| show(Formatter::default(), &log[tail_start(&log, n)..]);
+        assert_eq!(tail(1), "three");
+        assert_eq!(tail(3), "two\n\nthree");
     }
 
     proptest::proptest! {
