@@ -91,7 +91,7 @@ fn measure(lab_name: &str, kind: NodeKind, options: &BenchOptions) -> Result<Val
         let phase = value["phase"].as_str().unwrap_or("phase").to_owned();
         merged.insert(phase, value);
     }
-    step.done("");
+    step.done(&Value::Object(merged.clone()).to_string());
     merged.insert("idle".into(), idle(&lab)?);
     Ok(Value::Object(merged))
 }
