@@ -6,8 +6,8 @@ use super::hosts::hosts_file;
 use super::{LaunchContext, LaunchError, host_network, pod_directory};
 use crate::volumes::PodVolumes;
 use k8s_openapi::api::core::v1::{Container, Pod, VolumeMount};
-use pod_shim::protocol::Propagation;
 use runtime::service::Mount;
+use runtime::service::Propagation;
 use std::net::IpAddr;
 use std::path::{Component, Path, PathBuf};
 

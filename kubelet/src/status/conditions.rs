@@ -47,7 +47,11 @@ pub(super) fn conditions(
     let previous = input.previous.conditions.as_deref().unwrap_or_default();
     // Others' conditions (readiness gates) are as new as the object the watch brought last; what
     // this node derived before may not know them yet.
-    let newest = input.pod.status.as_ref().and_then(|s| s.conditions.as_deref());
+    let newest = input
+        .pod
+        .status
+        .as_ref()
+        .and_then(|s| s.conditions.as_deref());
     let mut all: Vec<_> = newest
         .unwrap_or_default()
         .iter()
