@@ -139,6 +139,10 @@ fn stage(title: &str, args: &[&str], options: &TestOptions) -> Result<Tally> {
         .env("FERRULE_LAB", TEST_LAB)
         // Failed scenarios say what they saw; where in the harness is noise.
         .env("RUST_LIB_BACKTRACE", "0");
+    if args.contains(&"e2e") {
+        // Scenarios mostly wait: for back-offs, graces, probes.
+        command.env("RUST_TEST_THREADS", "4");
+    }
     command.arg("--");
     if let Some(filter) = &options.filter {
         command.arg(filter);
