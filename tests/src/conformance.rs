@@ -14,7 +14,7 @@ pub struct ConformanceOptions {
     pub kind: NodeKind,
     /// Regular expression of what to run.
     pub focus: String,
-    /// Regular expression of what to leave out.
+    /// Regular expression of what to leave out; slow, serial and disruptive specs by default.
     pub skip: Option<String>,
     /// Specs at once.
     pub procs: u32,
@@ -33,6 +33,10 @@ pub const SUITES: &[(&str, &str)] = &[
     ("node-conformance", r"\[NodeConformance\]"),
     ("conformance", r"\[Conformance\]"),
 ];
+
+/// Left out unless told otherwise: specs that take minutes by design, want a cluster for
+/// themselves, or need features that are off by default.
+const DEFAULT_SKIP: &str = r"\[Slow\]|\[Serial\]|\[Disruptive\]|\[Feature:";
 
 /// The focus of a suite.
 ///
@@ -73,9 +77,8 @@ pub fn run(options: &ConformanceOptions) -> Result<()> {
         .arg("--no-color")
         .arg("--flake-attempts=1");
     runner.arg(format!("--focus={}", options.focus));
-    if let Some(skip) = &options.skip {
-        runner.arg(format!("--skip={skip}"));
-    }
+    let skip = options.skip.as_deref().unwrap_or(DEFAULT_SKIP);
+    runner.arg(format!("--skip={skip}"));
     if options.dry_run {
         runner.args(["--dry-run", "-v"]);
     }

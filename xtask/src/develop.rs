@@ -130,11 +130,11 @@ pub(crate) struct Conformance {
     /// Regular expression of the specs to run
     #[arg(long, value_name = "REGEX")]
     focus: Option<String>,
-    /// Regular expression of the specs to leave out
+    /// Regular expression of the specs to leave out [default: slow, serial, disruptive ones]
     #[arg(long, value_name = "REGEX")]
     skip: Option<String>,
     /// Specs that run at once
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 6)]
     procs: u32,
     /// What the nodes of a lab that is not yet up run
     #[arg(long, value_enum, default_value = "ferrule")]
