@@ -45,15 +45,14 @@ pub(super) fn conditions(
     network_ready: bool,
 ) -> Vec<PodCondition> {
     let previous = input.previous.conditions.as_deref().unwrap_or_default();
-    // Others' conditions (readiness gates) are as new as the object the watch brought last; what
-    // this node derived before may not know them yet.
+    // Others change theirs at the apiserver: the newest object has them, not our last report.
     let newest = input
         .pod
         .status
         .as_ref()
         .and_then(|s| s.conditions.as_deref());
     let mut all: Vec<_> = newest
-        .unwrap_or_default()
+        .unwrap_or(previous)
         .iter()
         .filter(|c| !OWNED.contains(&c.type_.as_str()))
         .cloned()
@@ -178,7 +177,7 @@ fn containers_ready(spec: &PodSpec, status: &PodStatus) -> Value {
 }
 
 /// Containers ready and every readiness gate open.
-fn ready(spec: &PodSpec, containers: &Value, previous: &[PodCondition]) -> Value {
+fn ready(spec: &PodSpec, containers: &Value, foreign: &[PodCondition]) -> Value {
     if !containers.status {
         return Value {
             status: false,
@@ -192,7 +191,7 @@ fn ready(spec: &PodSpec, containers: &Value, previous: &[PodCondition]) -> Value
         .flatten()
         .filter_map(|gate| {
             let name = &gate.condition_type;
-            match previous.iter().find(|c| c.type_ == *name) {
+            match foreign.iter().find(|c| c.type_ == *name) {
                 Some(c) if c.status == "True" => None,
                 Some(c) => Some(format!(
                     "the status of pod readiness gate {name:?} is not \"True\", but {}",

@@ -49,17 +49,19 @@ pub fn derive(input: &DeriveInput<'_>) -> PodStatus {
     let previous = input.previous;
     let empty = PodSpec::default();
     let spec = input.pod.spec.as_ref().unwrap_or(&empty);
+    // What others write is in the newest object, not in our last report.
+    let theirs = input.pod.status.as_ref().unwrap_or(previous);
     let mut status = PodStatus {
         observed_generation: input
             .pod
             .metadata
             .generation
             .or(previous.observed_generation),
-        qos_class: previous.qos_class.clone(),
+        qos_class: theirs.qos_class.clone(),
         start_time: previous.start_time.clone().or(Some(Time(input.start_time))),
-        nominated_node_name: previous.nominated_node_name.clone(),
-        resource_claim_statuses: previous.resource_claim_statuses.clone(),
-        extended_resource_claim_status: previous.extended_resource_claim_status.clone(),
+        nominated_node_name: theirs.nominated_node_name.clone(),
+        resource_claim_statuses: theirs.resource_claim_statuses.clone(),
+        extended_resource_claim_status: theirs.extended_resource_claim_status.clone(),
         ephemeral_container_statuses: previous.ephemeral_container_statuses.clone(),
         ..PodStatus::default()
     };
