@@ -148,33 +148,28 @@ spec:
     )
 }
 
-/// Agent, runtime and shims; the pods' own processes are not overhead, but a pause container's
-/// is: it exists for the runtime's sake. The workload here is the same program, so it is not
-/// counted for either.
+/// Agent, runtime and shims of the lab's node, found by its cgroup and the program's name. The
+/// pods' own processes are not overhead; a pause container is, but the workload here is the same
+/// program, so it is counted for neither.
 fn overhead_processes(lab: &Lab) -> Vec<ProcessIdentity> {
+    let mut found: Vec<ProcessIdentity> = crate::cluster::cgroup::existing(Some(&lab.layout.name))
+        .iter()
+        .flat_map(|dir| crate::cluster::cgroup::processes(dir))
+        .filter(|process| is_overhead(process.pid))
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+/// By the first word of the command line: a shim that runs from memory has a number for a name.
+fn is_overhead(pid: i32) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let first = line.split(|byte| *byte == 0).next().unwrap_or_default();
+    let name = String::from_utf8_lossy(first);
+    let name = name.rsplit('/').next().unwrap_or_default();
     let names = ["kubelet", "pod-shim", "containerd", "containerd-shim"];
-    let inside = fs::read_link(holder_namespace(lab, "uts")).ok();
-    crate::process::all()
-        .into_iter()
-        .filter(|process| {
-            let comm =
-                fs::read_to_string(format!("/proc/{}/comm", process.pid)).unwrap_or_default();
-            names.iter().any(|name| comm.trim().starts_with(name))
-        })
-        .filter(|process| is_of_node(lab, *process, inside.as_deref()))
-        .collect()
-}
-
-fn holder_namespace(lab: &Lab, kind: &str) -> String {
-    let holder = lab.state.nodes.get("node-1").and_then(|node| node.holder);
-    format!("/proc/{}/ns/{kind}", holder.map_or(0, |holder| holder.pid))
-}
-
-/// By mount namespace root: shims have network and UTS namespaces of their own.
-fn is_of_node(lab: &Lab, process: ProcessIdentity, uts: Option<&std::path::Path>) -> bool {
-    let own = |kind: &str| fs::read_link(format!("/proc/{}/ns/{kind}", process.pid)).ok();
-    let mount = fs::read_link(holder_namespace(lab, "mnt")).ok();
-    (mount.is_some() && own("mnt") == mount) || (uts.is_some() && own("uts").as_deref() == uts)
+    names.iter().any(|wanted| name.starts_with(wanted))
 }
 
 fn cpu_ticks(processes: &[ProcessIdentity]) -> u64 {
