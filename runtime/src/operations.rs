@@ -31,6 +31,14 @@ impl RuntimeService for Engine {
         all.values().map(status).collect()
     }
 
+    /// Copies only that pod's sandboxes: workers ask at every look.
+    fn list_pod_sandboxes(&self, pod_uid: &str) -> Vec<SandboxStatus> {
+        let all = self.inner.sandboxes();
+        let own = |s: &&Arc<crate::engine::Sandbox>| s.with(|r| r.config.uid == pod_uid);
+        let status = |s: &Arc<crate::engine::Sandbox>| s.with(|r| r.status(s.shim_alive()));
+        all.values().filter(own).map(status).collect()
+    }
+
     async fn create_container(
         &self,
         sandbox: &SandboxId,

@@ -19,6 +19,8 @@ pub struct Outcome {
     pub success: bool,
     /// The probe could not be made at all (counts as bad).
     pub errored: bool,
+    /// Good, but somebody should look (`ProbeWarning`).
+    pub warning: bool,
     /// What it said.
     pub message: String,
 }
@@ -28,7 +30,15 @@ impl Outcome {
         Self {
             success: true,
             errored: false,
+            warning: false,
             message: message.into(),
+        }
+    }
+
+    pub(super) fn warned(message: impl Into<String>) -> Self {
+        Self {
+            warning: true,
+            ..Self::good(message)
         }
     }
 
@@ -36,6 +46,7 @@ impl Outcome {
         Self {
             success: false,
             errored: false,
+            warning: false,
             message: message.into(),
         }
     }
@@ -44,6 +55,7 @@ impl Outcome {
         Self {
             success: false,
             errored: true,
+            warning: false,
             message: message.into(),
         }
     }

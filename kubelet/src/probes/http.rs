@@ -49,7 +49,10 @@ pub(super) async fn get(action: &HTTPGetAction, host: &str, port: u16) -> Outcom
         };
         if next.host() != uri.host() {
             // Another host is not ours to ask: alive enough to redirect is a success.
-            return Outcome::good("Probe terminated redirects");
+            return Outcome::warned(format!(
+                "Probe terminated redirects, Response body: {}",
+                answer.outcome.message
+            ));
         }
         url = next.to_string();
     }

@@ -313,7 +313,7 @@ impl<R: RuntimeService> ProbeTask<R> {
         loop {
             due.tick().await;
             let outcome = self.ask().await;
-            if !outcome.success {
+            if !outcome.success || outcome.warning {
                 self.record(&outcome);
             }
             let Some(success) = tracker.observe(outcome.success) else {
@@ -359,13 +359,17 @@ impl<R: RuntimeService> ProbeTask<R> {
     }
 
     fn record(&self, outcome: &Outcome) {
-        let verb = if outcome.errored { "errored" } else { "failed" };
+        let (reason, verb) = match (outcome.warning, outcome.errored) {
+            (true, _) => ("ProbeWarning", "warning"),
+            (false, true) => ("Unhealthy", "errored"),
+            (false, false) => ("Unhealthy", "failed"),
+        };
         let message = format!("{} probe {verb}: {}", self.kind.word(), outcome.message);
         self.probes.inner.events.pod_event(
             &self.target.pod,
             Some(&self.field_path),
             EventType::Warning,
-            "Unhealthy",
+            reason,
             message,
         );
     }
