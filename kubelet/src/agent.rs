@@ -25,7 +25,7 @@ use crate::node::{Node, NodeHandle};
 use crate::objects::Objects;
 use crate::pod::index::PodIndex;
 use crate::pod::launcher::{Burstable, NodeClient, NodeEnvironment};
-use crate::pod::manager::{Inputs, Manager};
+use crate::pod::manager::{Heartbeat, Inputs, Manager};
 use crate::pod::worker::WorkerDeps;
 use crate::probes::Probes;
 use crate::server::{self, Server, auth::Auth};
@@ -133,6 +133,7 @@ fn shim_path(config: &Config) -> PathBuf {
 /// A node's agent around a running engine.
 pub struct Agent<R> {
     config: Arc<Config>,
+    heartbeat: Arc<Heartbeat>,
     clients: Clients,
     runtime: Arc<R>,
     tracker: TaskTracker,
@@ -157,6 +158,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
     ) -> Self {
         Self {
             config,
+            heartbeat: Arc::default(),
             clients,
             runtime,
             tracker: TaskTracker::new(),
@@ -253,6 +255,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             changes,
             probes: probe_updates,
             objects: retries,
+            heartbeat: Arc::clone(&self.heartbeat),
         };
         self.tracker
             .spawn(Manager::new(deps).run(inputs, self.stop.clone()));
@@ -277,7 +280,9 @@ impl<R: RuntimeService + ImageService> Agent<R> {
                 return Ok(());
             }
             let (tracker, stop) = (self.tracker.clone(), self.stop.clone());
-            server::serve_health(settings.healthz, || None, tracker, stop)
+            let heartbeat = Arc::clone(&self.heartbeat);
+            let problem = move || heartbeat.problem();
+            server::serve_health(settings.healthz, problem, tracker, stop)
                 .await
                 .map_err(|e| AgentError::Serve {
                     what: "healthz",

@@ -17,7 +17,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use runtime::service::{RuntimeEvent, RuntimeService};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -85,6 +86,38 @@ pub struct Inputs {
     /// Namespaces in which a ConfigMap or Secret changed: what failed for want of one there is
     /// tried again at once.
     pub objects: mpsc::Receiver<String>,
+    /// Shows that the manager goes round.
+    pub heartbeat: Arc<Heartbeat>,
+}
+
+/// When the manager last went round; what `/healthz` judges it by.
+#[derive(Debug)]
+pub struct Heartbeat {
+    start: Instant,
+    last_s: AtomicU64,
+}
+
+impl Default for Heartbeat {
+    fn default() -> Self {
+        Self {
+            start: Instant::now(),
+            last_s: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Heartbeat {
+    fn beat(&self) {
+        let now = self.start.elapsed().as_secs();
+        self.last_s.store(now, Ordering::Relaxed);
+    }
+
+    /// What is wrong when it stands still: it looks at all pods at least every [`AUDIT`].
+    pub fn problem(&self) -> Option<String> {
+        let silent = self.start.elapsed().as_secs() - self.last_s.load(Ordering::Relaxed);
+        (silent > 3 * AUDIT.as_secs())
+            .then(|| format!("[-]syncloop failed: no pod was looked at for {silent} s"))
+    }
 }
 
 impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
@@ -106,6 +139,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
         let mut audit = tokio::time::interval(AUDIT);
         audit.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            inputs.heartbeat.beat();
             tokio::select! {
                 () = cancel.cancelled() => break,
                 change = inputs.changes.recv() => match change {

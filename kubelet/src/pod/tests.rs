@@ -160,6 +160,7 @@ impl Lab {
             changes: changes_rx,
             probes: probes_rx,
             objects: objects_rx,
+            heartbeat: Arc::default(),
         };
         tokio::spawn(Manager::new(deps).run(inputs, cancel.clone()));
         Self {
