@@ -209,10 +209,10 @@ fn checked(files: Payload) -> Result<Payload, String> {
             .filter(|c| *c != Component::CurDir)
             .collect();
         let inside = parts.iter().all(|c| matches!(c, Component::Normal(_)));
-        let own = path
-            .iter()
-            .next()
-            .is_some_and(|first| first.to_string_lossy().starts_with(".."));
+        // Names with two dots in front are the atomic writer's own; `./` before does not help.
+        let own = parts
+            .first()
+            .is_some_and(|first| first.as_os_str().to_string_lossy().starts_with(".."));
         if parts.is_empty() || !inside || own {
             return Err(format!("invalid path {:?} in the volume", path.display()));
         }
@@ -260,6 +260,7 @@ mod tests {
             &["."],
             &["..data"],
             &["..2026/x"],
+            &["./..data"],
             &["a", "a/b"],
         ] {
             assert!(of(bad).is_err(), "{bad:?}");
