@@ -296,6 +296,7 @@ cgroupDriver: cgroupfs
 cgroupRoot: {cgroup_root}
 failCgroupV1: false
 failSwapOn: false
+evictionHard: {{memory.available: 50Mi, nodefs.available: 500Mi, imagefs.available: 500Mi}}
 maxPods: 200
 serializeImagePulls: false
 {extra}",
