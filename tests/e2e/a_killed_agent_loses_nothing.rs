@@ -202,7 +202,8 @@ fn first_process(
         let line = std::fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
         let comm =
             std::fs::read_to_string(format!("/proc/{}/comm", process.pid)).unwrap_or_default();
-        String::from_utf8_lossy(&line).contains(word) && ["sh", "sleep"].contains(&comm.trim())
+        String::from_utf8_lossy(&line).contains(word)
+            && ["sh", "ash", "sleep"].contains(&comm.trim())
     });
     found.ok_or_else(|| anyhow::anyhow!("no process of {agent:?} has {word} on its command line"))
 }

@@ -24,7 +24,7 @@ pub(crate) fn prepare(path: &Path, kind: HostPathKind) -> Result<(), String> {
             .open(path)
             .map(drop)
             .map_err(|e| format!("cannot make {}: {e}", path.display())),
-        HostPathKind::Any => return Ok(()),
+        HostPathKind::Any => Ok(()),
         HostPathKind::DirectoryOrCreate
         | HostPathKind::Directory
         | HostPathKind::FileOrCreate
