@@ -204,7 +204,8 @@ impl Place {
             let table =
                 linux::mountinfo::read().map_err(|e| format!("read the mount table: {e}"))?;
             if !table.iter().any(|m| m.mount_point == at) {
-                let mut options = vec!["mode=0777".to_owned()];
+                // With the sticky bit, as tmpfs has it by itself: programs and tests know it so.
+                let mut options = vec!["mode=1777".to_owned()];
                 options.extend(limit.map(|bytes| format!("size={bytes}")));
                 mount_tmpfs(EMPTY_DIR_SOURCE, &at, &options, MountAttrs::default())?;
                 begin = true;
@@ -216,7 +217,11 @@ impl Place {
                 let gid = Some(Gid::from_raw(group));
                 rustix::fs::chownat(CWD, &at, None, gid, AtFlags::SYMLINK_NOFOLLOW)
                     .map_err(|e| refused(e.into()))?;
-                let mode = std::fs::Permissions::from_mode(0o2777);
+                let now = std::fs::metadata(&at)
+                    .map_err(refused)?
+                    .permissions()
+                    .mode();
+                let mode = std::fs::Permissions::from_mode(now & 0o7777 | 0o2777);
                 std::fs::set_permissions(&at, mode).map_err(refused)
             }
             Some(_) | None => Ok(()),

@@ -446,9 +446,9 @@ async fn empty_dirs_in_memory_have_their_own_size_and_go_with_the_pod() {
         stat.f_blocks * stat.f_frsize
     };
     assert_eq!((size("m"), size("n")), (8 << 20, 1 << 30));
-    for name in ["m", "d"] {
+    for (name, mode) in [("m", 0o1777), ("d", 0o777)] {
         let meta = std::fs::metadata(&volumes.by_name[name].path).unwrap();
-        assert_eq!(meta.mode() & 0o7777, 0o777, "{name}");
+        assert_eq!(meta.mode() & 0o7777, mode, "{name}");
     }
     std::fs::write(volumes.by_name["m"].path.join("f"), "kept").unwrap();
     std::fs::write(volumes.by_name["d"].path.join("f"), "kept").unwrap();
