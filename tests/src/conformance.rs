@@ -65,7 +65,7 @@ pub fn run(options: &ConformanceOptions) -> Result<()> {
         agents: true,
         services: true,
         sample: false,
-        profile: "lab".to_owned(),
+        profile: artefacts::ours::TEST_PROFILE.to_owned(),
     })?;
     let reports = lab.layout.dir.join("conformance");
     std::fs::create_dir_all(&reports).context("create the report directory")?;

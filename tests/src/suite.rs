@@ -3,7 +3,7 @@
 
 use crate::cluster::{self, NodeKind, UpOptions};
 use crate::command::describe;
-use crate::{audit, command, packages, paths};
+use crate::{artefacts, audit, command, packages, paths};
 use anyhow::{Context, Result};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -94,7 +94,7 @@ fn scenarios(options: &TestOptions) -> Result<Tally> {
         agents: true,
         services: true,
         sample: true,
-        profile: "lab".to_owned(),
+        profile: artefacts::ours::TEST_PROFILE.to_owned(),
     });
     let lab = match up {
         Ok(lab) => lab,

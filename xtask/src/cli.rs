@@ -91,7 +91,7 @@ pub(crate) struct Up {
     #[arg(long)]
     no_sample: bool,
     /// Cargo profile the kubelet is built with
-    #[arg(long, default_value = "lab")]
+    #[arg(long, default_value = testkit::artefacts::ours::TEST_PROFILE)]
     profile: String,
 }
 

@@ -90,7 +90,7 @@ struct Pods {
     #[arg(long, value_name = "FILE", default_value_os_t = bench::default_script())]
     script: PathBuf,
     /// Cargo profile of our kubelet
-    #[arg(long, default_value = "lab")]
+    #[arg(long, default_value = "release")]
     profile: String,
     /// Print the figures as JSON
     #[arg(long)]

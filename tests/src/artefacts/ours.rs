@@ -5,6 +5,10 @@ use anyhow::{Context, Result};
 use std::path::PathBuf;
 use std::process::Command;
 
+/// Cargo profile of the agent in labs and tests: the one its unit tests are compiled with, so
+/// that nothing is compiled twice.
+pub const TEST_PROFILE: &str = "dev";
+
 /// The target the small programs are built for: naming it explicitly keeps their flags away from
 /// build scripts and procedural macros.
 const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -32,7 +36,7 @@ pub fn build(profile: &str) -> Result<Programs> {
         compile(profile)?;
     }
     let programs = Programs {
-        kubelet: paths::target().join(profile).join("kubelet"),
+        kubelet: paths::target().join(directory(profile)).join("kubelet"),
         pod_shim: paths::target().join(STATIC_TARGET).join("tiny/pod-shim"),
         cni_bridge: paths::target().join(STATIC_TARGET).join("tiny/cni-bridge"),
     };
@@ -40,6 +44,14 @@ pub fn build(profile: &str) -> Result<Programs> {
         anyhow::ensure!(program.is_file(), "cargo built no {}", program.display());
     }
     Ok(programs)
+}
+
+/// Where cargo puts what a profile builds.
+fn directory(profile: &str) -> &str {
+    match profile {
+        "dev" | "test" => "debug",
+        other => other,
+    }
 }
 
 /// When set, what cargo built last is taken as it is: to repeat a measurement while the sources
@@ -52,7 +64,9 @@ fn compile(profile: &str) -> Result<()> {
     let agent = &[
         "build",
         "--quiet",
-        "--package",
+        // The features of the whole workspace: what the tests compiled is used again.
+        "--workspace",
+        "--bin",
         "kubelet",
         "--profile",
         profile,

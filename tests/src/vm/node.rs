@@ -54,8 +54,8 @@ fn joined(image: &Image, may_install: bool, programs: Option<Programs>) -> Resul
     let programs = match programs {
         Some(programs) => programs,
         None => {
-            let step = Step::begin("build kubelet (lab), pod-shim, cni-bridge");
-            let programs = ours::build("lab")?;
+            let step = Step::begin("build kubelet, pod-shim, cni-bridge");
+            let programs = ours::build(ours::TEST_PROFILE)?;
             step.done("");
             programs
         }
@@ -68,7 +68,7 @@ fn joined(image: &Image, may_install: bool, programs: Option<Programs>) -> Resul
         agents: false,
         services: false,
         sample: false,
-        profile: "lab".to_owned(),
+        profile: ours::TEST_PROFILE.to_owned(),
     })?;
     let step = Step::begin("test images");
     images::ensure_pushed(&lab.layout.registry(), &paths::cache()?)?;
