@@ -2,36 +2,21 @@
 
 use super::Server;
 use super::auth::{Denied, User, attributes};
-use super::logs::{LogFile, LogOptions, follow};
-use super::stream::{self, StreamOptions, pump};
 use crate::pod::index::{ContainerRefs, PodEntry};
 use bytes::Bytes;
-use futures::StreamExt;
 use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt, Full, StreamBody};
-use hyper::body::{Frame, Incoming};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
 use hyper::{Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
-use runtime::service::{
-    ContainerId, ContainerState, ContainerStatus, ImageService, RuntimeEventKind, RuntimeService,
-};
+use runtime::service::{ImageService, RuntimeService};
 use std::convert::Infallible;
 use std::sync::Arc;
-use tokio::sync::{broadcast, mpsc};
-use tokio_stream::wrappers::ReceiverStream;
-use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
 /// Body of every answer.
 pub(super) type Body = BoxBody<Bytes, Infallible>;
 
-/// Chunks of a log that wait for a slow reader.
-const LOG_QUEUE: usize = 16;
-/// Largest message of a streaming client; kubectl sends at most 32 KiB at a time.
-const MAX_MESSAGE: usize = 4 << 20;
-
-fn text(status: StatusCode, message: impl Into<String>) -> Response<Body> {
+pub(super) fn text(status: StatusCode, message: impl Into<String>) -> Response<Body> {
     let mut response = Response::new(Full::new(Bytes::from(message.into())).boxed());
     *response.status_mut() = status;
     let plain = HeaderValue::from_static("text/plain; charset=utf-8");
@@ -39,7 +24,7 @@ fn text(status: StatusCode, message: impl Into<String>) -> Response<Body> {
     response
 }
 
-fn json(value: &impl serde::Serialize) -> Response<Body> {
+pub(super) fn json(value: &impl serde::Serialize) -> Response<Body> {
     match serde_json::to_vec(value) {
         Ok(bytes) => {
             let mut response = Response::new(Full::new(Bytes::from(bytes)).boxed());
@@ -72,7 +57,7 @@ pub(super) fn health(path: &str, problem: Option<&str>) -> Response<Full<Bytes>>
 }
 
 /// Splits and decodes a query string.
-fn query(uri: &hyper::Uri) -> Vec<(String, String)> {
+pub(super) fn query(uri: &hyper::Uri) -> Vec<(String, String)> {
     let pairs = uri
         .query()
         .unwrap_or_default()
@@ -110,10 +95,10 @@ fn decode(text: &str, plus: bool) -> String {
 }
 
 /// One container of one pod, as a path names it.
-struct Place {
-    entry: Arc<PodEntry>,
-    refs: ContainerRefs,
-    container: String,
+pub(super) struct Place {
+    pub(super) entry: Arc<PodEntry>,
+    pub(super) refs: ContainerRefs,
+    pub(super) container: String,
 }
 
 impl<R: RuntimeService + ImageService> Server<R> {
@@ -227,146 +212,6 @@ impl<R: RuntimeService + ImageService> Server<R> {
             container: container.to_owned(),
         })
     }
-
-    fn container_logs(&self, request: &Request<Incoming>, place: &Place) -> Response<Body> {
-        let options = LogOptions::from_query(&query(request.uri()), jiff::Timestamp::now());
-        let options = match options {
-            Ok(options) => options,
-            Err(message) => return text(StatusCode::UNPROCESSABLE_ENTITY, message),
-        };
-        let id = if options.previous {
-            &place.refs.previous
-        } else {
-            &place.refs.current
-        };
-        let status = id.as_ref().and_then(|id| self.runtime.container_status(id));
-        let Some(status) = status else {
-            let pod = place.entry.pod.metadata.name.as_deref().unwrap_or_default();
-            let message = if options.previous {
-                format!(
-                    "previous terminated container {:?} in pod {pod:?} not found",
-                    place.container
-                )
-            } else {
-                let why = waiting_reason(&place.entry, &place.container);
-                format!(
-                    "container {:?} in pod {pod:?} is waiting to start: {why}",
-                    place.container
-                )
-            };
-            return text(StatusCode::BAD_REQUEST, message);
-        };
-        if let Err(e) = std::fs::File::open(&status.log_path) {
-            let message = format!(
-                "failed to open log file of container {:?}: {e}",
-                place.container
-            );
-            return text(StatusCode::INTERNAL_SERVER_ERROR, message);
-        }
-        self.stream_log(status, options)
-    }
-
-    /// The body is produced by the connection's own task: when the client leaves, it is dropped.
-    fn stream_log(&self, status: ContainerStatus, options: LogOptions) -> Response<Body> {
-        let (tx, rx) = mpsc::channel(LOG_QUEUE);
-        let ended = ended(Arc::clone(&self.runtime), self.runtime.events(), status.id);
-        let log = LogFile {
-            path: status.log_path,
-            options,
-        };
-        let reading = async move {
-            if let Err(error) = follow::send(log, ended, tx).await {
-                tracing::warn!(%error, "Reading a container log failed");
-            }
-        };
-        let chunks = ReceiverStream::new(rx).map(|bytes| Ok(Frame::data(bytes)));
-        let reading = futures::stream::once(reading).filter_map(|()| async { None });
-        let body = StreamBody::new(futures::stream::select(chunks, reading));
-        let mut response = Response::new(BodyExt::boxed(SyncBody::new(body)));
-        let plain = HeaderValue::from_static("text/plain; charset=utf-8");
-        response.headers_mut().insert(CONTENT_TYPE, plain);
-        response
-    }
-
-    async fn exec(
-        &self,
-        request: Request<Incoming>,
-        place: Result<Place, Box<Response<Body>>>,
-    ) -> Response<Body> {
-        self.session(request, place, |runtime, id, options| async move {
-            if options.command.is_empty() {
-                return Err("you must specify at least one command for the container".to_owned());
-            }
-            runtime
-                .exec(&id, options.request())
-                .await
-                .map_err(|e| e.message)
-        })
-        .await
-    }
-
-    async fn attach(
-        &self,
-        request: Request<Incoming>,
-        place: Result<Place, Box<Response<Body>>>,
-    ) -> Response<Body> {
-        self.session(request, place, |runtime, id, options| async move {
-            runtime
-                .attach(&id, options.stdin)
-                .await
-                .map_err(|e| e.message)
-        })
-        .await
-    }
-
-    /// Upgrades the connection and serves what `open` opens on it.
-    async fn session<O, F>(
-        &self,
-        mut request: Request<Incoming>,
-        place: Result<Place, Box<Response<Body>>>,
-        open: O,
-    ) -> Response<Body>
-    where
-        O: FnOnce(Arc<R>, ContainerId, StreamOptions) -> F + Send + 'static,
-        F: Future<Output = Result<runtime::service::StreamSession, String>> + Send,
-    {
-        let place = match place {
-            Ok(place) => place,
-            Err(response) => return *response,
-        };
-        let options = match StreamOptions::from_query(&query(request.uri())) {
-            Ok(options) => options,
-            Err(message) => return text(StatusCode::BAD_REQUEST, message),
-        };
-        let running = place.refs.current.filter(|id| {
-            let status = self.runtime.container_status(id);
-            status.is_some_and(|s| matches!(s.state, ContainerState::Running { .. }))
-        });
-        let Some(id) = running else {
-            let message = format!("container not found ({:?})", place.container);
-            return text(StatusCode::NOT_FOUND, message);
-        };
-        let (protocol, response) = match stream::accept(request.headers()) {
-            Ok(accepted) => accepted,
-            Err((status, message)) => return text(status, message),
-        };
-        let upgrade = hyper::upgrade::on(&mut request);
-        let runtime = Arc::clone(&self.runtime);
-        let idle = self.config.server.streaming_idle_timeout;
-        self.tracker.spawn(async move {
-            let Ok(upgraded) = upgrade.await else { return };
-            let config = WebSocketConfig::default()
-                .read_buffer_size(16 << 10)
-                .write_buffer_size(0)
-                .max_message_size(Some(MAX_MESSAGE))
-                .max_frame_size(Some(MAX_MESSAGE));
-            let io = TokioIo::new(upgraded);
-            let socket = WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await;
-            let session = open(Arc::clone(&runtime), id, options).await;
-            pump::run(socket, protocol, runtime, session, idle).await;
-        });
-        response.map(|empty| empty.boxed())
-    }
 }
 
 /// Whether a pod has a container of that name, of any kind.
@@ -385,81 +230,6 @@ fn declares(entry: &PodEntry, name: &str) -> bool {
             .iter()
             .flatten()
             .any(|c| c.name == name)
-}
-
-/// Why a container waits, from the node's own status.
-fn waiting_reason(entry: &PodEntry, name: &str) -> String {
-    let status = &entry.status;
-    let all = status
-        .container_statuses
-        .iter()
-        .chain(&status.init_container_statuses)
-        .flatten();
-    all.filter(|c| c.name == name)
-        .find_map(|c| c.state.as_ref()?.waiting.as_ref()?.reason.clone())
-        .unwrap_or_else(|| "ContainerCreating".to_owned())
-}
-
-/// Resolves when the container no longer runs.
-async fn ended<R: RuntimeService>(
-    runtime: Arc<R>,
-    mut events: broadcast::Receiver<runtime::service::RuntimeEvent>,
-    id: ContainerId,
-) {
-    use runtime::service::RuntimeEvent::Changed;
-    loop {
-        let status = runtime.container_status(&id);
-        if !status.is_some_and(|s| matches!(s.state, ContainerState::Running { .. })) {
-            return;
-        }
-        loop {
-            match events.recv().await {
-                Ok(Changed {
-                    container: Some(changed),
-                    kind: RuntimeEventKind::Exited,
-                    ..
-                }) if changed == id => {
-                    break;
-                }
-                Ok(Changed {
-                    kind: RuntimeEventKind::SandboxGone,
-                    ..
-                })
-                | Err(broadcast::error::RecvError::Lagged(_)) => break,
-                Ok(Changed { .. }) => {}
-                Err(broadcast::error::RecvError::Closed) => return,
-            }
-        }
-    }
-}
-
-/// Gives a body that is only polled from one task the `Sync` that a boxed body must have.
-struct SyncBody<B> {
-    inner: std::sync::Mutex<std::pin::Pin<Box<B>>>,
-}
-
-impl<B> SyncBody<B> {
-    fn new(body: B) -> Self {
-        Self {
-            inner: std::sync::Mutex::new(Box::pin(body)),
-        }
-    }
-}
-
-impl<B: hyper::body::Body> hyper::body::Body for SyncBody<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        mut self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        let inner = self
-            .inner
-            .get_mut()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        inner.as_mut().poll_frame(cx)
-    }
 }
 
 #[cfg(test)]

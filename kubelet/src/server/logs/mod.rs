@@ -6,6 +6,7 @@
 
 pub mod follow;
 pub mod parse;
+mod serve;
 
 use parse::Formatter;
 use std::path::PathBuf;

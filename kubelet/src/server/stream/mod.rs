@@ -2,6 +2,7 @@
 
 pub mod channel;
 pub mod pump;
+mod serve;
 
 use channel::Protocol;
 use http_body_util::Empty;
