@@ -102,6 +102,25 @@ pub fn init_container_path(name: &str) -> String {
     format!("spec.initContainers{{{name}}}")
 }
 
+/// The field path of an ephemeral container, `spec.ephemeralContainers{name}`.
+pub fn ephemeral_container_path(name: &str) -> String {
+    format!("spec.ephemeralContainers{{{name}}}")
+}
+
+/// Where in the spec of a pod a container stands.
+pub fn field_path(pod: &Pod, name: &str) -> String {
+    let spec = pod.spec.as_ref();
+    let init = spec.and_then(|s| s.init_containers.as_deref());
+    let ephemeral = spec.and_then(|s| s.ephemeral_containers.as_deref());
+    if init.unwrap_or_default().iter().any(|c| c.name == name) {
+        init_container_path(name)
+    } else if ephemeral.unwrap_or_default().iter().any(|c| c.name == name) {
+        ephemeral_container_path(name)
+    } else {
+        container_path(name)
+    }
+}
+
 /// A reference to a pod for an event.
 pub fn pod_reference(pod: &Pod, field_path: Option<&str>) -> ObjectReference {
     ObjectReference {

@@ -17,7 +17,7 @@ mod pace;
 pub use keyring::Keyring;
 
 use crate::config::ImageSettings;
-use crate::events::{EventSink, EventType, container_path, init_container_path};
+use crate::events::{EventSink, EventType, field_path};
 use backoff::BackOff;
 use k8s_openapi::api::core::v1::{Container, Pod, Secret};
 use pace::Pace;
@@ -254,15 +254,7 @@ impl<R: ImageService> ImagePuller<R> {
         reason: &str,
         message: impl Into<String>,
     ) {
-        let name = &request.container.name;
-        let spec = request.pod.spec.as_ref();
-        let init = spec.and_then(|s| s.init_containers.as_ref());
-        let is_init = init.is_some_and(|all| all.iter().any(|c| c.name == *name));
-        let path = if is_init {
-            init_container_path(name)
-        } else {
-            container_path(name)
-        };
+        let path = field_path(request.pod, &request.container.name);
         self.events
             .pod_event(request.pod, Some(&path), type_, reason, message);
     }

@@ -27,12 +27,13 @@ pub(super) fn post_start(container: &Container) -> Option<&LifecycleHandler> {
     container.lifecycle.as_ref()?.post_start.as_ref()
 }
 
-/// The preStop hook of a container of the pod, if it has one.
+/// The preStop hook of a container of the pod, if it has one. Ephemeral ones cannot.
 pub(super) fn pre_stop<'a>(
     pod: &'a Pod,
     container: &str,
 ) -> Option<(&'a Container, &'a LifecycleHandler)> {
-    let container = spec::container(pod.spec.as_ref()?, container)?.spec;
+    let mut all = spec::containers(pod.spec.as_ref()?);
+    let container = all.find(|c| c.spec.name == container)?.spec;
     Some((container, container.lifecycle.as_ref()?.pre_stop.as_ref()?))
 }
 

@@ -1,6 +1,7 @@
 //! Readings of a Pod object that several modules need. Pure.
 
-use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use k8s_openapi::api::core::v1::{Container, EphemeralContainer, Pod, PodSpec};
+use std::borrow::Cow;
 
 /// What kind of container it is: decides order, restart and what it counts for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -11,6 +12,8 @@ pub enum ContainerKind {
     Sidecar,
     /// A main container.
     Main,
+    /// Added to the running pod for debugging: starts at once, runs once, counts for nothing.
+    Ephemeral,
 }
 
 /// A container of the spec with its kind.
@@ -20,6 +23,17 @@ pub struct ContainerRef<'a> {
     pub kind: ContainerKind,
     /// Its spec.
     pub spec: &'a Container,
+}
+
+/// A container found by name, ephemeral ones among them.
+#[derive(Debug, Clone)]
+pub struct Found<'a> {
+    /// Kind.
+    pub kind: ContainerKind,
+    /// Its spec; of an ephemeral container in the shape of the others.
+    pub spec: Cow<'a, Container>,
+    /// The container whose processes an ephemeral one shall see.
+    pub target: Option<&'a str>,
 }
 
 /// The pod's restart policy.
@@ -67,7 +81,7 @@ pub fn describe(pod: &Pod) -> String {
     format!("{}_{}({})", name(pod), namespace(pod), uid(pod))
 }
 
-/// Init containers in order, then main containers in order.
+/// Init containers in order, then main containers in order; ephemeral ones not.
 pub fn containers(spec: &PodSpec) -> impl Iterator<Item = ContainerRef<'_>> {
     let init = spec.init_containers.iter().flatten().map(|c| ContainerRef {
         kind: if c.restart_policy.as_deref() == Some("Always") {
@@ -83,9 +97,54 @@ pub fn containers(spec: &PodSpec) -> impl Iterator<Item = ContainerRef<'_>> {
     }))
 }
 
-/// A container by name.
-pub fn container<'a>(spec: &'a PodSpec, name: &str) -> Option<ContainerRef<'a>> {
-    containers(spec).find(|c| c.spec.name == name)
+/// Ephemeral containers, in the order they were added.
+pub fn ephemeral_containers(spec: &PodSpec) -> impl Iterator<Item = &EphemeralContainer> {
+    spec.ephemeral_containers.iter().flatten()
+}
+
+/// A container of any kind by name.
+pub fn container<'a>(spec: &'a PodSpec, name: &str) -> Option<Found<'a>> {
+    let usual = containers(spec).find(|c| c.spec.name == name);
+    if let Some(usual) = usual {
+        return Some(Found {
+            kind: usual.kind,
+            spec: Cow::Borrowed(usual.spec),
+            target: None,
+        });
+    }
+    let ephemeral = ephemeral_containers(spec).find(|c| c.name == name)?;
+    let target = ephemeral.target_container_name.as_deref();
+    Some(Found {
+        kind: ContainerKind::Ephemeral,
+        spec: Cow::Owned(as_container(ephemeral)),
+        target: target.filter(|t| !t.is_empty()),
+    })
+}
+
+/// An ephemeral container in the shape of the others. What the API forbids it (probes, ports,
+/// hooks, restart rules) is left out, so that nothing acts on it.
+pub fn as_container(ephemeral: &EphemeralContainer) -> Container {
+    let e = ephemeral.clone();
+    Container {
+        name: e.name,
+        image: e.image,
+        image_pull_policy: e.image_pull_policy,
+        command: e.command,
+        args: e.args,
+        working_dir: e.working_dir,
+        env: e.env,
+        env_from: e.env_from,
+        resources: e.resources,
+        volume_mounts: e.volume_mounts,
+        volume_devices: e.volume_devices,
+        security_context: e.security_context,
+        stdin: e.stdin,
+        stdin_once: e.stdin_once,
+        tty: e.tty,
+        termination_message_path: e.termination_message_path,
+        termination_message_policy: e.termination_message_policy,
+        ..Container::default()
+    }
 }
 
 /// The pod's restart policy.
@@ -97,6 +156,9 @@ pub fn restart_policy(spec: &PodSpec) -> RestartPolicy {
 /// container, else its own policy, else the pod's (KEP-5307). For an init container `Always` of
 /// the pod means "until it succeeds".
 pub fn should_restart(spec: &PodSpec, container: ContainerRef<'_>, exit_code: i32) -> bool {
+    if container.kind == ContainerKind::Ephemeral {
+        return false;
+    }
     for rule in container.spec.restart_policy_rules.iter().flatten() {
         let Some(codes) = &rule.exit_codes else {
             continue;
@@ -120,7 +182,7 @@ pub fn should_restart(spec: &PodSpec, container: ContainerRef<'_>, exit_code: i3
         (ContainerKind::Init, RestartPolicy::Always) | (_, RestartPolicy::OnFailure) => {
             exit_code != 0
         }
-        (_, RestartPolicy::Never) => false,
+        (_, RestartPolicy::Never) | (ContainerKind::Ephemeral, RestartPolicy::Always) => false,
     }
 }
 

@@ -33,19 +33,19 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             match &instance.state {
                 ContainerState::Created => {}
                 ContainerState::Running { started_at_ns, .. } => {
-                    if has_probes(container.spec) && container.kind != ContainerKind::Init {
+                    if has_probes(&container.spec) && container.kind != ContainerKind::Init {
                         let adopted = if adopting {
-                            self.adopt(container.spec, instance)
+                            self.adopt(&container.spec, instance)
                         } else {
                             None
                         };
-                        self.probe(container.spec, instance, *started_at_ns, observed, adopted);
+                        self.probe(&container.spec, instance, *started_at_ns, observed, adopted);
                     }
                 }
                 ContainerState::Exited { .. } => {
                     if !self.messages.contains_key(&instance.id) {
                         self.deps.probes.remove_container(&instance.id);
-                        let words = termination::read(container.spec, instance);
+                        let words = termination::read(&container.spec, instance);
                         self.messages.insert(instance.id.clone(), words);
                     }
                 }

@@ -9,9 +9,9 @@ use super::environment::PodEnvironment;
 use super::execute::{self, Ended, Outcome};
 use super::index::{ContainerRefs, PodEntry, PodIndex};
 use super::plan::{self, Action, KillContainer, KillReason, PlanInput, PodPlan, Waiting};
-use super::spec::{self, ContainerKind};
+use super::spec;
 use super::state::{Cause, CrashBackoff, Health, Lifecycle, Steps, Terminating, UnhealthyKind};
-use crate::events::{EventSink, EventType, container_path, init_container_path};
+use crate::events::{EventSink, EventType, field_path};
 use crate::observe::{self, PodObservation};
 use crate::probes::{ProbeKind, ProbeUpdate, Probes};
 use crate::status::derive::{DeriveInput, derive};
@@ -487,19 +487,6 @@ enum Next {
 /// Nanoseconds since the epoch; until 2262.
 pub(super) fn nanoseconds(at: Timestamp) -> i64 {
     i64::try_from(at.as_nanosecond()).unwrap_or(i64::MAX)
-}
-
-/// Where in the spec a container is, for events.
-pub(super) fn field_path(pod: &Pod, name: &str) -> String {
-    let kind = pod
-        .spec
-        .as_ref()
-        .and_then(|s| spec::container(s, name))
-        .map(|c| c.kind);
-    match kind {
-        Some(ContainerKind::Init | ContainerKind::Sidecar) => init_container_path(name),
-        Some(ContainerKind::Main) | None => container_path(name),
-    }
 }
 
 /// Instances by name, for readers of logs.

@@ -123,7 +123,7 @@ fn initialized(spec: &PodSpec, status: &PodStatus) -> Value {
             ContainerKind::Sidecar => {
                 find(inits, &c.spec.name).is_none_or(|s| s.started != Some(true))
             }
-            ContainerKind::Main => false,
+            ContainerKind::Main | ContainerKind::Ephemeral => false,
         })
         .map(|c| c.spec.name.as_str())
         .collect();
@@ -155,7 +155,7 @@ fn containers_ready(spec: &PodSpec, status: &PodStatus) -> Value {
     let unready: Vec<_> = spec::containers(spec)
         .filter(|c| {
             let statuses = match c.kind {
-                ContainerKind::Init => return false,
+                ContainerKind::Init | ContainerKind::Ephemeral => return false,
                 ContainerKind::Sidecar => inits,
                 ContainerKind::Main => mains,
             };

@@ -15,23 +15,40 @@ pub(super) const ID_SCHEME: &str = "ferrule://";
 /// Exit code of a container whose end nobody saw.
 const UNKNOWN_EXIT: i32 = 137;
 
-/// Statuses of init containers (sidecars among them) in order, and of main containers by name.
-pub(super) fn statuses(
-    input: &DeriveInput<'_>,
-    spec: &PodSpec,
-) -> (Vec<ContainerStatus>, Vec<ContainerStatus>) {
+/// Container statuses of a pod, by the lists they go to.
+#[derive(Debug, Default)]
+pub(super) struct Statuses {
+    /// Init containers and sidecars, in the order of the spec.
+    pub(super) init: Vec<ContainerStatus>,
+    /// Main containers, by name.
+    pub(super) main: Vec<ContainerStatus>,
+    /// Ephemeral containers, by name.
+    pub(super) ephemeral: Vec<ContainerStatus>,
+}
+
+/// Statuses of all containers of the spec.
+pub(super) fn statuses(input: &DeriveInput<'_>, spec: &PodSpec) -> Statuses {
     let has_init = spec.init_containers.as_ref().is_some_and(|c| !c.is_empty());
-    let mut init = Vec::new();
-    let mut main = Vec::new();
+    let mut all = Statuses::default();
     for container in spec::containers(spec) {
         let status = one(input, spec, container, has_init);
         match container.kind {
-            ContainerKind::Init | ContainerKind::Sidecar => init.push(status),
-            ContainerKind::Main => main.push(status),
+            ContainerKind::Init | ContainerKind::Sidecar => all.init.push(status),
+            ContainerKind::Main => all.main.push(status),
+            ContainerKind::Ephemeral => all.ephemeral.push(status),
         }
     }
-    main.sort_by(|a, b| a.name.cmp(&b.name));
-    (init, main)
+    for ephemeral in spec::ephemeral_containers(spec) {
+        let shaped = spec::as_container(ephemeral);
+        let container = ContainerRef {
+            kind: ContainerKind::Ephemeral,
+            spec: &shaped,
+        };
+        all.ephemeral.push(one(input, spec, container, has_init));
+    }
+    all.main.sort_by(|a, b| a.name.cmp(&b.name));
+    all.ephemeral.sort_by(|a, b| a.name.cmp(&b.name));
+    all
 }
 
 /// The status reported before for a container.
@@ -39,6 +56,7 @@ fn before<'a>(input: &DeriveInput<'a>, container: ContainerRef<'_>) -> Option<&'
     let list = match container.kind {
         ContainerKind::Init | ContainerKind::Sidecar => &input.previous.init_container_statuses,
         ContainerKind::Main => &input.previous.container_statuses,
+        ContainerKind::Ephemeral => &input.previous.ephemeral_container_statuses,
     };
     list.iter()
         .flatten()
@@ -63,8 +81,13 @@ fn one(
         });
     let completed_init = container.kind == ContainerKind::Init
         && state.terminated.as_ref().is_some_and(|t| t.exit_code == 0);
+    // Init containers are ready when they are through, ephemeral ones never.
+    let serves = match container.kind {
+        ContainerKind::Main | ContainerKind::Sidecar => true,
+        ContainerKind::Init | ContainerKind::Ephemeral => false,
+    };
     let ready = completed_init
-        || container.kind != ContainerKind::Init
+        || serves
             && started
             && newest.is_some_and(|c| {
                 container.spec.readiness_probe.is_none()
@@ -80,7 +103,7 @@ fn one(
         state: Some(state),
         last_state,
         ready,
-        started: Some(started),
+        started: (container.kind != ContainerKind::Ephemeral).then_some(started),
         restart_count: newest.map_or_else(
             || before.map_or(0, |b| b.restart_count),
             |c| i32::try_from(c.config.attempt).unwrap_or(i32::MAX),

@@ -62,14 +62,15 @@ pub fn derive(input: &DeriveInput<'_>) -> PodStatus {
         nominated_node_name: theirs.nominated_node_name.clone(),
         resource_claim_statuses: theirs.resource_claim_statuses.clone(),
         extended_resource_claim_status: theirs.extended_resource_claim_status.clone(),
-        ephemeral_container_statuses: previous.ephemeral_container_statuses.clone(),
         ..PodStatus::default()
     };
     let rejected = is_rejected(input);
     if !rejected {
-        let (init, main) = containers::statuses(input, spec);
-        status.init_container_statuses = Some(init).filter(|s| !s.is_empty());
-        status.container_statuses = Some(main).filter(|s| !s.is_empty());
+        let all = containers::statuses(input, spec);
+        let some = |list: Vec<ContainerStatus>| Some(list).filter(|s| !s.is_empty());
+        status.init_container_statuses = some(all.init);
+        status.container_statuses = some(all.main);
+        status.ephemeral_container_statuses = some(all.ephemeral);
     }
     end_of_phase(input, spec, &mut status);
     let network_ready = addresses(input, spec, &mut status);
@@ -207,7 +208,7 @@ fn phase(spec: &PodSpec, status: &PodStatus, ended: bool) -> Phase {
             ContainerKind::Sidecar => {
                 pending_init |= !main_ran && own.is_none_or(|s| s.started != Some(true));
             }
-            ContainerKind::Main => {}
+            ContainerKind::Main | ContainerKind::Ephemeral => {}
         }
     }
     if pending_init {

@@ -1,7 +1,7 @@
 //! Starts and kills of containers, with their hooks.
 
 use super::{Ended, Outcome, ending, engine_error};
-use crate::events::EventType;
+use crate::events::{EventType, field_path};
 use crate::launch::ANNOTATION_HASH;
 use crate::launch::hash::container_hash;
 use crate::observe::PodObservation;
@@ -9,9 +9,9 @@ use crate::pod::environment::{PodEnvironment, StartContext, StepError};
 use crate::pod::hooks::{self, HookTarget};
 use crate::pod::plan::{KillContainer, StartContainer};
 use crate::pod::spec;
-use crate::pod::worker::{Worker, WorkerDeps, field_path};
+use crate::pod::worker::{Worker, WorkerDeps};
 use k8s_openapi::api::core::v1::{Container, Pod};
-use runtime::service::{ContainerId, RuntimeErrorKind, RuntimeService, SandboxId};
+use runtime::service::{ContainerId, NamespaceMode, RuntimeErrorKind, RuntimeService, SandboxId};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,9 +39,10 @@ pub(super) fn begin_start<R: RuntimeService, E: PodEnvironment>(
             volumes,
             image,
         });
+    let target = target(&pod, &start.container, observed);
     worker.actions.spawn(async move {
         let result = match context {
-            Some(context) => start_container(&deps, &pod, &start, context).await,
+            Some(context) => start_container(&deps, &pod, &start, context, target).await,
             // The plan asks for both to be there first; asked again it will find them missing.
             None => Err(StepError::new(
                 "ContainerCreating",
@@ -54,6 +55,31 @@ pub(super) fn begin_start<R: RuntimeService, E: PodEnvironment>(
         };
         Outcome::new(ended, result)
     })
+}
+
+/// Whose processes a new container shall see besides those of its pod.
+enum Target {
+    /// Nobody's in particular.
+    None,
+    /// Those of this instance.
+    Instance(ContainerId),
+    /// Those of a container that has no instance.
+    Missing(String),
+}
+
+/// The instance an ephemeral container was aimed at, whatever its state.
+fn target(pod: &Pod, container: &str, observed: &PodObservation) -> Target {
+    let found = pod
+        .spec
+        .as_ref()
+        .and_then(|s| spec::container(s, container));
+    let Some(name) = found.and_then(|f| f.target) else {
+        return Target::None;
+    };
+    match observed.newest(name) {
+        Some(instance) => Target::Instance(instance.id.clone()),
+        None => Target::Missing(name.to_owned()),
+    }
 }
 
 /// Stops an instance: preStop hook, stop signal, SIGKILL.
@@ -111,6 +137,7 @@ async fn start_container<R: RuntimeService, E: PodEnvironment>(
     pod: &Arc<Pod>,
     start: &StartContainer,
     context: StartContext<E::Volumes, E::Image>,
+    target: Target,
 ) -> Result<(), StepError> {
     let container = start.container.as_str();
     let path = field_path(pod, container);
@@ -135,10 +162,18 @@ async fn start_container<R: RuntimeService, E: PodEnvironment>(
         let removed = deps.runtime.remove_container(half_made).await;
         removed.map_err(|e| failed("CreateContainerError", e.message))?;
     }
+    let pid = match target {
+        Target::None => None,
+        Target::Instance(id) => Some(NamespaceMode::Target(id)),
+        Target::Missing(name) => {
+            let message = format!("unable to find target container {name}");
+            return Err(failed("CreateContainerConfigError", message));
+        }
+    };
     let pod_ip = context.pod_ips.first().copied();
     let config = deps
         .environment
-        .container_config(pod, spec.spec, context)
+        .container_config(pod, &spec.spec, context)
         .await;
     let mut config = config.inspect_err(|e| {
         event(
@@ -148,9 +183,10 @@ async fn start_container<R: RuntimeService, E: PodEnvironment>(
         );
     })?;
     config.attempt = start.attempt;
+    config.pid = pid.or(config.pid);
     config
         .annotations
-        .insert(ANNOTATION_HASH.to_owned(), container_hash(spec.spec));
+        .insert(ANNOTATION_HASH.to_owned(), container_hash(&spec.spec));
     let id = match deps.runtime.create_container(&start.sandbox, config).await {
         Ok(id) => id,
         Err(error) => return Err(failed("CreateContainerError", error.message)),
@@ -159,7 +195,7 @@ async fn start_container<R: RuntimeService, E: PodEnvironment>(
     match deps.runtime.start_container(&id).await {
         Ok(()) => {
             event(EventType::Normal, "Started", "Container started".to_owned());
-            post_start(deps, pod, spec.spec, &id, pod_ip).await
+            post_start(deps, pod, &spec.spec, &id, pod_ip).await
         }
         Err(error) => {
             let step = failed("RunContainerError", error.message);

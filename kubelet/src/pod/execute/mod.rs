@@ -185,5 +185,5 @@ async fn ensure_image<R: RuntimeService, E: PodEnvironment>(
             format!("no container {container:?}"),
         ));
     };
-    deps.environment.ensure_image(pod, spec.spec).await
+    deps.environment.ensure_image(pod, &spec.spec).await
 }

@@ -11,7 +11,7 @@ use runtime::service::{ContainerState, ContainerStatus, SandboxState, SandboxSta
 
 /// A container that shall get a new instance.
 struct Wanted<'a> {
-    container: ContainerRef<'a>,
+    name: &'a str,
     attempt: u32,
     replaces: Option<&'a ContainerStatus>,
     finished_ns: Option<i64>,
@@ -63,9 +63,10 @@ pub(super) fn plan(input: &PlanInput<'_>) -> PodPlan {
     plan.wake_at(input.steps.volumes.retry_at_ns());
     let sandbox = sandbox(input, &mut plan);
     replace_unfit(input, spec, &mut plan);
-    let wanted = wanted(input, spec, sandbox, &mut plan);
+    let mut starts = ephemeral(input, spec);
+    starts.extend(wanted(input, spec, sandbox, &mut plan));
     prefetch(input, spec, &mut plan);
-    for want in wanted {
+    for want in starts {
         start(input, sandbox, &want, &mut plan);
     }
     super::keep::collect(input, &mut plan);
@@ -198,9 +199,41 @@ fn wanted<'a>(
                 }
                 wanted.extend(want(input, spec, container, current, newest, plan));
             }
+            // See [`ephemeral`].
+            ContainerKind::Ephemeral => {}
         }
     }
     wanted
+}
+
+/// Ephemeral containers that never had an instance. They wait for nobody and run once: one that
+/// ran, as far as anybody knows, does not run again.
+fn ephemeral<'a>(input: &PlanInput<'a>, spec: &'a PodSpec) -> Vec<Wanted<'a>> {
+    let status = input.pod.status.as_ref();
+    let reported = status.and_then(|s| s.ephemeral_container_statuses.as_deref());
+    let reported = reported.unwrap_or_default();
+    spec::ephemeral_containers(spec)
+        .filter_map(|container| {
+            let name = container.name.as_str();
+            let ran = |s: &k8s_openapi::api::core::v1::ContainerStatus| {
+                s.name == name && s.container_id.as_deref().is_some_and(|id| !id.is_empty())
+            };
+            let replaces = match input.observed.newest(name) {
+                _ if input.steps.starts.get(name).is_some_and(Step::is_running) => return None,
+                None if reported.iter().any(ran) => return None,
+                None => None,
+                // Its maker was killed before it started; nobody saw it run.
+                Some(c) if c.state == ContainerState::Created => Some(c),
+                Some(_) => return None,
+            };
+            Some(Wanted {
+                name,
+                attempt: 0,
+                replaces,
+                finished_ns: None,
+            })
+        })
+        .collect()
 }
 
 /// Whether one container, whose turn it is, needs a new instance now.
@@ -222,7 +255,7 @@ fn want<'a>(
     let Some(newest) = newest else {
         let attempt = reported_restarts(input, container);
         return Some(Wanted {
-            container,
+            name,
             attempt,
             replaces: None,
             finished_ns: None,
@@ -231,7 +264,7 @@ fn want<'a>(
     match &newest.state {
         // Its maker was killed before it started; nobody saw it run.
         ContainerState::Created => Some(Wanted {
-            container,
+            name,
             attempt: newest.config.attempt,
             replaces: Some(newest),
             finished_ns: None,
@@ -256,7 +289,7 @@ fn want<'a>(
                 return None;
             }
             Some(Wanted {
-                container,
+                name,
                 attempt: newest.config.attempt.saturating_add(1),
                 replaces: None,
                 finished_ns: Some(*finished_at_ns),
@@ -294,6 +327,7 @@ fn reported_restarts(input: &PlanInput<'_>, container: ContainerRef<'_>) -> u32 
             status.and_then(|s| s.init_container_statuses.as_ref())
         }
         ContainerKind::Main => status.and_then(|s| s.container_statuses.as_ref()),
+        ContainerKind::Ephemeral => None,
     };
     statuses
         .and_then(|all| all.iter().find(|s| s.name == container.spec.name))
@@ -343,12 +377,12 @@ fn start(
     want: &Wanted<'_>,
     plan: &mut PodPlan,
 ) {
-    let name = &want.container.spec.name;
+    let name = want.name;
     let image = ensure_image(input, name, plan);
     let step = input.steps.starts.get(name);
     if let Some(failure) = step.and_then(Step::failure) {
         plan.waiting.insert(
-            name.clone(),
+            name.to_owned(),
             Waiting {
                 reason: failure.reason.clone(),
                 message: failure.message.clone(),
@@ -362,7 +396,7 @@ fn start(
         return;
     };
     plan.actions.push(Action::StartContainer(StartContainer {
-        container: name.clone(),
+        container: name.to_owned(),
         sandbox: sandbox.id.clone(),
         attempt: want.attempt,
         replaces: want.replaces.map(|c| c.id.clone()),

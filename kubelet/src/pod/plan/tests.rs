@@ -482,3 +482,53 @@ fn the_restart_count_goes_on_from_the_api_when_the_runtime_lost_everything() {
     .unwrap();
     Case::new(known, observed(vec![])).expect(&["start a 5 in s0"]);
 }
+
+fn with_ephemeral() -> Pod {
+    pod(json!({"restartPolicy": "Always",
+        "initContainers": [{"name": "i", "image": "i:1"}],
+        "containers": [{"name": "a", "image": "a:1"}],
+        "ephemeralContainers": [{"name": "e", "image": "e:1", "targetContainerName": "a"}]}))
+}
+
+#[test]
+fn an_ephemeral_container_waits_for_no_init_container() {
+    let mut case = Case::new(
+        with_ephemeral(),
+        observed(vec![container("i", 0, 0, running())]),
+    );
+    case.steps.images.insert("e".to_owned(), Step::Done);
+    case.expect(&["image a", "start e 0 in s0"]);
+}
+
+#[test]
+fn an_ephemeral_container_runs_once() {
+    let running_pod = |e| {
+        vec![
+            container("i", 0, 0, exited(0, 2)),
+            container("a", 0, 0, running()),
+            container("e", 0, 0, e),
+        ]
+    };
+    Case::new(with_ephemeral(), observed(running_pod(running()))).expect(&[]);
+    Case::new(with_ephemeral(), observed(running_pod(exited(1, 5)))).expect(&[]);
+    let mut pod = with_ephemeral();
+    pod.status = serde_json::from_value(json!({"ephemeralContainerStatuses": [
+        {"name": "e", "image": "e:1", "imageID": "", "ready": false, "restartCount": 0,
+         "containerID": "ferrule://e-0"}]}))
+    .unwrap();
+    let mut lost = running_pod(running());
+    lost.pop();
+    Case::new(pod, observed(lost)).expect(&[]);
+}
+
+#[test]
+fn an_ephemeral_container_ends_with_its_pod_and_does_not_keep_it() {
+    let pod = pod(json!({"restartPolicy": "Never",
+        "containers": [{"name": "a", "image": "a:1"}],
+        "ephemeralContainers": [{"name": "e", "image": "e:1"}]}));
+    let containers = vec![
+        container("a", 0, 0, exited(0, 3)),
+        container("e", 0, 0, running()),
+    ];
+    Case::new(pod, observed(containers)).expect(&["kill e-0 30s PodEnds"]);
+}
