@@ -18,14 +18,16 @@
 
 use crate::api::{Clients, connect_when_possible};
 use crate::config::Config;
-use crate::events::EventSink;
+use crate::events::{EventPace, EventSink};
 use crate::images::ImagePuller;
 use crate::launch::{LaunchContext, dns, qos};
 use crate::node::{Node, NodeHandle};
 use crate::objects::Objects;
+use crate::pod::clock::Clock;
 use crate::pod::index::PodIndex;
 use crate::pod::launcher::{Burstable, NodeClient, NodeEnvironment};
 use crate::pod::manager::{Heartbeat, Inputs, Manager};
+use crate::pod::state::BackoffLimits;
 use crate::pod::worker::WorkerDeps;
 use crate::probes::Probes;
 use crate::server::{self, Server, auth::Auth};
@@ -178,7 +180,11 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         );
         let context = launch_context(&self.config, &handle);
         self.ensure_qos_tree(&context, &handle)?;
-        let (events, poster) = EventSink::new(&self.config.node_name);
+        let pace = EventPace {
+            qps: self.config.event_qps,
+            burst: self.config.event_burst,
+        };
+        let (events, poster) = EventSink::new(&self.config.node_name, pace);
         self.tracker
             .spawn(poster.run(self.clients.main.clone(), self.stop.clone()));
 
@@ -212,6 +218,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         let settings = VolumesConfig {
             root_dir: self.config.root_dir.clone(),
             context: context.clone(),
+            events: events.clone(),
         };
         let volumes = Volumes::new(settings, objects.clone(), client.clone())
             .map_err(|e| AgentError::Volumes(e.to_string()))?;
@@ -248,6 +255,8 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             events: events.clone(),
             publisher,
             index: index.clone(),
+            backoff: BackoffLimits::up_to(self.config.crash_loop_max),
+            clock: Clock::Wall,
         });
         let (changes_tx, changes) = mpsc::channel(source::QUEUE);
         let (retry, retries) = mpsc::channel(source::QUEUE);

@@ -85,11 +85,32 @@ enum SinkInner {
     Memory(Mutex<Vec<RecordedEvent>>),
 }
 
+/// How many events a node may send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EventPace {
+    /// Per second on average; 0 is no limit.
+    pub qps: u32,
+    /// At once.
+    pub burst: u32,
+}
+
+impl Default for EventPace {
+    fn default() -> Self {
+        Self {
+            qps: 50,
+            burst: 100,
+        }
+    }
+}
+
 /// The posting end of an [`EventSink`].
 #[derive(Debug)]
 pub struct EventPoster {
     rx: mpsc::Receiver<RecordedEvent>,
     correlator: Correlator,
+    pace: EventPace,
+    /// When the allowance is whole again: the further ahead, the less is left.
+    whole_at: tokio::time::Instant,
 }
 
 /// The field path of a container, `spec.containers{name}`.
@@ -136,7 +157,7 @@ pub fn pod_reference(pod: &Pod, field_path: Option<&str>) -> ObjectReference {
 
 impl EventSink {
     /// A sink and the poster that empties it. `node` is the event source's host.
-    pub fn new(node: &str) -> (Self, EventPoster) {
+    pub fn new(node: &str, pace: EventPace) -> (Self, EventPoster) {
         let (tx, rx) = mpsc::channel(QUEUE);
         let sink = Self {
             inner: Arc::new(SinkInner::Queue {
@@ -149,6 +170,8 @@ impl EventSink {
             EventPoster {
                 rx,
                 correlator: Correlator::new(node),
+                pace,
+                whole_at: tokio::time::Instant::now(),
             },
         )
     }
@@ -225,11 +248,30 @@ impl EventPoster {
             };
             let Some(event) = next else { return };
             let action = self.correlator.correlate(&event);
+            if action == Correlated::Drop {
+                continue;
+            }
+            let wait = self.turn();
             tokio::select! {
                 () = cancel.cancelled() => return,
-                () = post(&client, action) => {}
+                () = async {
+                    tokio::time::sleep(wait).await;
+                    post(&client, action).await;
+                } => {}
             }
         }
+    }
+
+    /// How long the next event has to wait for its turn, which is taken.
+    fn turn(&mut self) -> Duration {
+        if self.pace.qps == 0 {
+            return Duration::ZERO;
+        }
+        let each = Duration::from_secs(1) / self.pace.qps;
+        let now = tokio::time::Instant::now();
+        self.whole_at = self.whole_at.max(now) + each;
+        let ahead = self.whole_at - now;
+        ahead.saturating_sub(each * self.pace.burst.max(1))
     }
 }
 
@@ -313,6 +355,8 @@ struct Similar {
 #[derive(Debug)]
 struct Known {
     event: Event,
+    /// It was sent at least once.
+    created: bool,
 }
 
 #[derive(Debug)]
@@ -343,15 +387,9 @@ impl Correlator {
     /// Decides about one event.
     fn correlate(&mut self, event: &RecordedEvent) -> Correlated {
         self.bound();
-        if !self.admit(event) {
-            return Correlated::Drop;
-        }
+        let admitted = self.admit(event);
         let key = SimilarKey {
-            object: format!(
-                "{}/{}",
-                event.object.uid.as_deref().unwrap_or_default(),
-                event.object.field_path.as_deref().unwrap_or_default()
-            ),
+            object: event.object.uid.clone().unwrap_or_default(),
             type_: event.type_,
             reason: event.reason.clone(),
         };
@@ -363,15 +401,22 @@ impl Correlator {
             again = false;
             Known {
                 event: new_event(event, node),
+                created: false,
             }
         });
         known.event.message = Some(message);
         if again {
             known.event.count = Some(known.event.count.unwrap_or(1).saturating_add(1));
             known.event.last_timestamp = Some(at);
-            Correlated::Again(known.event.clone())
-        } else {
-            Correlated::Create(known.event.clone())
+        }
+        // What is not sent is counted all the same.
+        match (admitted, known.created) {
+            (false, _) => Correlated::Drop,
+            (true, true) => Correlated::Again(known.event.clone()),
+            (true, false) => {
+                known.created = true;
+                Correlated::Create(known.event.clone())
+            }
         }
     }
 
@@ -385,13 +430,14 @@ impl Correlator {
             similar.messages.clear();
         }
         similar.since = event.at;
-        if similar.messages.contains(&event.message) {
-            return (event.message.clone(), event.message.clone());
+        if !similar.messages.contains(&event.message) {
+            similar.messages.push(event.message.clone());
         }
         if similar.messages.len() < AGGREGATE_MAX {
-            similar.messages.push(event.message.clone());
-            return (event.message.clone(), event.message.clone());
+            let path = event.object.field_path.as_deref().unwrap_or_default();
+            return (event.message.clone(), format!("{path}\0{}", event.message));
         }
+        similar.messages.truncate(AGGREGATE_MAX - 1);
         (
             format!("(combined from similar events): {}", event.message),
             String::new(),
@@ -511,7 +557,7 @@ mod tests {
         for i in 0..20 {
             if let Correlated::Create(e) = c.correlate(&event(0, "Failed", &format!("try {i}"))) {
                 created += 1;
-                if created > AGGREGATE_MAX {
+                if created >= AGGREGATE_MAX {
                     assert!(
                         e.message
                             .unwrap()
@@ -520,20 +566,35 @@ mod tests {
                 }
             }
         }
-        assert_eq!(created, AGGREGATE_MAX + 1);
+        assert_eq!(created, AGGREGATE_MAX);
     }
 
     #[test]
     fn a_crash_loop_of_three_days_posts_a_bounded_number_of_events() {
         let mut c = Correlator::new("n1");
-        let mut sent = 0;
+        let (mut sent, mut created, mut last) = (0, 0, 0);
         for second in (0..3 * 86_400).step_by(10) {
-            if c.correlate(&event(second, "BackOff", "restarting")) != Correlated::Drop {
-                sent += 1;
+            match c.correlate(&event(second, "BackOff", "restarting")) {
+                Correlated::Drop => continue,
+                Correlated::Create(_) => created += 1,
+                Correlated::Again(event) => last = event.count.unwrap(),
             }
+            sent += 1;
         }
-        // 25 at once, then one in five minutes.
+        // 25 at once, then one in five minutes, all of them one object, and all are counted.
         assert!(sent <= 25 + 3 * 288, "{sent} events");
+        assert_eq!(created, 1);
+        assert!(last > 3 * 86_400 / 10 - 60, "{last}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_sends_a_burst_and_then_at_its_pace() {
+        let pace = EventPace { qps: 10, burst: 3 };
+        let (_sink, mut poster) = EventSink::new("n1", pace);
+        let waits: Vec<_> = (0..5).map(|_| poster.turn().as_millis()).collect();
+        assert_eq!(waits, [0, 0, 0, 100, 200]);
+        tokio::time::advance(Duration::from_secs(60)).await;
+        assert_eq!(poster.turn(), Duration::ZERO);
     }
 
     #[test]

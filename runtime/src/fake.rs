@@ -79,6 +79,10 @@ struct State {
     calls: Vec<Call>,
     network: Option<String>,
     next: u64,
+    /// Time at an instant, nanoseconds since the epoch; none for a clock that only counts.
+    clock: Option<(i64, tokio::time::Instant)>,
+    last_ns: i64,
+    pause: Duration,
 }
 
 /// The engine in memory; clones share one state.
@@ -143,6 +147,24 @@ impl FakeRuntime {
         let mut state = self.lock();
         state.images.insert(status.id.clone(), status.clone());
         status
+    }
+
+    /// Times follow tokio's clock (which tests can stop), from now as `epoch_ns` on.
+    pub fn follow_clock(&self, epoch_ns: i64) {
+        self.lock().clock = Some((epoch_ns, tokio::time::Instant::now()));
+    }
+
+    /// From now on operations on sandboxes and containers take this long, so that a caller can
+    /// be interrupted between any two of them.
+    pub fn take_time(&self, pause: Duration) {
+        self.lock().pause = pause;
+    }
+
+    async fn pass_time(&self) {
+        let pause = self.lock().pause;
+        if !pause.is_zero() {
+            tokio::time::sleep(pause).await;
+        }
     }
 
     /// The next start of a container of that name ends at once with `code` (after a `Started`
@@ -282,6 +304,12 @@ impl FakeRuntime {
 impl State {
     fn tick(&mut self) -> i64 {
         self.next += 1;
+        if let Some((epoch_ns, since)) = self.clock {
+            let passed = i64::try_from(since.elapsed().as_nanos()).unwrap_or(i64::MAX);
+            // No two things happen at the same time.
+            self.last_ns = (self.last_ns + 1).max(epoch_ns.saturating_add(passed));
+            return self.last_ns;
+        }
         1_700_000_000_000_000_000 + i64::try_from(self.next).unwrap_or(0) * 1_000_000
     }
 
@@ -319,6 +347,7 @@ fn no_container(id: &ContainerId) -> RuntimeError {
 
 impl RuntimeService for FakeRuntime {
     async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxStatus> {
+        self.pass_time().await;
         let status = {
             let mut state = self.begin(Operation::RunSandbox, &config.name)?;
             let created_at_ns = state.tick();
@@ -347,6 +376,7 @@ impl RuntimeService for FakeRuntime {
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<()> {
+        self.pass_time().await;
         let running: Vec<ContainerId> = {
             let mut state = self.begin(Operation::StopSandbox, id.as_str())?;
             let Some(sandbox) = state.sandboxes.get_mut(id) else {
@@ -364,6 +394,7 @@ impl RuntimeService for FakeRuntime {
     }
 
     async fn remove_sandbox(&self, id: &SandboxId) -> Result<()> {
+        self.pass_time().await;
         let mut state = self.begin(Operation::RemoveSandbox, id.as_str())?;
         state.containers.retain(|_, c| c.sandbox_id != *id);
         state.sandboxes.remove(id);
@@ -379,6 +410,7 @@ impl RuntimeService for FakeRuntime {
         sandbox: &SandboxId,
         config: ContainerConfig,
     ) -> Result<ContainerId> {
+        self.pass_time().await;
         let mut state = self.begin(Operation::CreateContainer, &config.name)?;
         if !state.sandboxes.contains_key(sandbox) {
             let message = format!("no sandbox {sandbox}");
@@ -409,6 +441,7 @@ impl RuntimeService for FakeRuntime {
     }
 
     async fn start_container(&self, id: &ContainerId) -> Result<()> {
+        self.pass_time().await;
         let (sandbox, exit) = {
             let name = self.lock().container_name(id);
             let mut state = self.begin(Operation::StartContainer, &name)?;
@@ -441,6 +474,7 @@ impl RuntimeService for FakeRuntime {
     }
 
     async fn stop_container(&self, id: &ContainerId, _grace: Duration) -> Result<()> {
+        self.pass_time().await;
         let behaviour = {
             let name = self.lock().container_name(id);
             let state = self.begin(Operation::StopContainer, &name)?;
@@ -463,6 +497,7 @@ impl RuntimeService for FakeRuntime {
     }
 
     async fn remove_container(&self, id: &ContainerId) -> Result<()> {
+        self.pass_time().await;
         self.end(id, 137, Some(9), "Error");
         let name = self.lock().container_name(id);
         self.begin(Operation::RemoveContainer, &name)?

@@ -25,21 +25,57 @@ pub enum HostFile {
         /// Permission bits.
         mode: u32,
     },
-    /// A directory below a volume, made when missing, never outside of it.
+    /// Something below a volume, never outside of it.
     SubPath {
         /// The volume on the node.
         volume: PathBuf,
         /// Relative path in it.
         sub_path: String,
+        /// Make it, as a directory, when it is missing.
+        make: bool,
+        /// The mount's name, for messages.
+        mount: String,
+        /// The container's name, for messages.
+        container: String,
     },
 }
 
 /// A file could not be made.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot make {path}: {source}")]
-pub struct FileError {
-    path: PathBuf,
-    source: io::Error,
+pub enum FileError {
+    /// One of ours.
+    #[error("cannot make {path}: {source}")]
+    Own {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A subPath leads out of its volume or cannot be made. Users are not told more: it would
+    /// describe the node's files to them.
+    #[error(
+        "failed to {verb} subPath {object}for volumeMount {mount:?} of container {container:?}"
+    )]
+    SubPath {
+        /// `create` or `prepare`.
+        verb: &'static str,
+        /// What of it.
+        object: &'static str,
+        /// The mount's name.
+        mount: String,
+        /// The container's name.
+        container: String,
+    },
+}
+
+impl FileError {
+    /// The waiting reason of the container.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Own { .. } => "CreateContainerError",
+            Self::SubPath { .. } => "CreateContainerConfigError",
+        }
+    }
 }
 
 /// Makes all of them; doing it twice is harmless. Blocking: a handful of system calls.
@@ -53,13 +89,34 @@ pub fn write(files: &[HostFile]) -> Result<(), FileError> {
                 path,
                 mode,
                 content,
-            } => (path.clone(), text(path, *mode, content)),
-            HostFile::Empty { path, mode } => (path.clone(), empty(path, *mode)),
-            HostFile::SubPath { volume, sub_path } => {
-                (volume.join(sub_path), make_sub_path(volume, sub_path))
+            } => (path, text(path, *mode, content)),
+            HostFile::Empty { path, mode } => (path, empty(path, *mode)),
+            HostFile::SubPath {
+                volume,
+                sub_path,
+                make,
+                mount,
+                container,
+            } => {
+                let failed = |verb, object| FileError::SubPath {
+                    verb,
+                    object,
+                    mount: mount.clone(),
+                    container: container.clone(),
+                };
+                if *make && let Err(error) = make_sub_path(volume, sub_path) {
+                    tracing::warn!(volume = %volume.display(), sub_path, %error, "subPath not made");
+                    return Err(failed("create", "directory "));
+                }
+                if let Err(error) = stays_inside(volume, sub_path) {
+                    tracing::warn!(volume = %volume.display(), sub_path, %error, "subPath refused");
+                    return Err(failed("prepare", ""));
+                }
+                continue;
             }
         };
-        done.map_err(|source| FileError { path, source })?;
+        let path = path.clone();
+        done.map_err(|source| FileError::Own { path, source })?;
     }
     Ok(())
 }
@@ -140,6 +197,16 @@ fn make_sub_path(volume: &Path, sub_path: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether there is something at `sub_path`, and every link on the way stays in the volume.
+fn stays_inside(volume: &Path, sub_path: &str) -> io::Result<()> {
+    let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(volume, directory, Mode::empty())?;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    rustix::fs::openat2(&root, sub_path, flags, Mode::empty(), resolve)?;
+    Ok(())
+}
+
 fn open_in(root: &OwnedFd, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     Ok(rustix::fs::openat2(
@@ -198,6 +265,9 @@ mod tests {
         let sub = |sub_path: &str| HostFile::SubPath {
             volume: volume.clone(),
             sub_path: sub_path.into(),
+            make: true,
+            mount: "v".into(),
+            container: "c".into(),
         };
         write(&[sub("a/b"), sub("a/b")]).unwrap();
         assert_eq!(
@@ -206,8 +276,15 @@ mod tests {
         );
         std::os::unix::fs::symlink(&outside, volume.join("link")).unwrap();
         std::os::unix::fs::symlink("../../../..", volume.join("up")).unwrap();
-        let _ = write(&[sub("link/x")]);
         let _ = write(&[sub("up/y")]);
+        let refused = write(&[sub("link/x")]).unwrap_err();
+        assert_eq!(refused.reason(), "CreateContainerConfigError");
+        std::fs::create_dir(outside.join("there")).unwrap();
+        std::os::unix::fs::symlink("/etc", volume.join("etc")).unwrap();
+        assert_eq!(
+            write(&[sub("etc")]).unwrap_err().to_string(),
+            "failed to prepare subPath for volumeMount \"v\" of container \"c\""
+        );
         assert!(!outside.join("x").exists() && !dir.path().join("y").exists());
         assert!(write(&[sub("../z")]).is_err());
         assert!(!dir.path().join("z").exists());

@@ -48,6 +48,8 @@ pub const LABEL_CONTAINER_NAME: &str = "io.kubernetes.container.name";
 pub const ANNOTATION_HASH: &str = "io.kubernetes.container.hash";
 /// Annotation: how many instances came before.
 pub const ANNOTATION_RESTART_COUNT: &str = "io.kubernetes.container.restartCount";
+/// Annotation: the restart back-off an instance was started with, nanoseconds.
+pub const ANNOTATION_BACKOFF: &str = "io.ferrule.container.backoff";
 /// Annotation: path of the termination message in the container.
 pub const ANNOTATION_TERMINATION_PATH: &str = "io.kubernetes.container.terminationMessagePath";
 /// Annotation: `File` or `FallbackToLogsOnError`.

@@ -115,12 +115,13 @@ fn volume_mount(
         ))
     })?;
     let sub_path = sub_path(mount, env)?;
-    if let Some(sub_path) = &sub_path
-        && !volume.readonly
-    {
+    if let Some(sub_path) = &sub_path {
         plan.files.push(HostFile::SubPath {
             volume: volume.path.clone(),
             sub_path: sub_path.clone(),
+            make: !volume.readonly,
+            mount: mount.name.clone(),
+            container: container.name.clone(),
         });
     }
     plan.mounts.push(Mount {
@@ -245,7 +246,7 @@ mod tests {
         let made = plan
             .files
             .iter()
-            .filter(|f| matches!(f, HostFile::SubPath { .. }))
+            .filter(|f| matches!(f, HostFile::SubPath { make: true, .. }))
             .count();
         assert_eq!(made, 1);
     }

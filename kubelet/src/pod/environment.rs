@@ -1,6 +1,7 @@
 //! What a pod worker needs of the node besides the runtime: volumes, images, configurations,
 //! admission. The node's own is [`super::launcher`]; tests bring a scripted one.
 
+use super::state::EndingNote;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use runtime::service::{ContainerConfig, SandboxConfig};
 use std::net::IpAddr;
@@ -90,6 +91,10 @@ pub trait PodEnvironment: Send + Sync + 'static {
         container: &Container,
         context: StartContext<Self::Volumes, Self::Image>,
     ) -> impl Future<Output = Result<ContainerConfig, StepError>> + Send;
+    /// Keeps a note of a pod's ending until it is purged.
+    fn keep_note(&self, pod: &Pod, note: &EndingNote);
+    /// The note kept of a pod's ending.
+    fn note(&self, pod: &Pod) -> Option<EndingNote>;
     /// Gives back volumes and cgroup of a pod without processes. Idempotent; by records, so that
     /// it works for a pod known by UID only.
     fn teardown(&self, pod: &Arc<Pod>) -> impl Future<Output = Result<(), StepError>> + Send;

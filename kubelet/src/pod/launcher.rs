@@ -4,6 +4,7 @@
 use super::admission::{self, AdmissionContext};
 use super::environment::{PodEnvironment, Rejection, StartContext, StepError};
 use super::spec;
+use super::state::EndingNote;
 use crate::events::{EventSink, EventType};
 use crate::images::{ImagePuller, PullRequest};
 use crate::launch::resources::{cpu_shares, pod_totals};
@@ -22,6 +23,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use tracing::warn;
+
+/// File in a pod's directory with the note of its ending.
+const NOTE: &str = "ending.json";
 
 /// The node as pods need it.
 #[derive(Debug)]
@@ -175,8 +179,26 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
         .map_err(|e| StepError::new(e.reason(), e.to_string()))?;
         // A handful of small files: cheaper than a thread's hand-over.
         launch::files::write(&launch.files)
-            .map_err(|e| StepError::new("CreateContainerError", e.to_string()))?;
+            .map_err(|e| StepError::new(e.reason(), e.to_string()))?;
         Ok(launch.config)
+    }
+
+    fn keep_note(&self, pod: &Pod, note: &EndingNote) {
+        let directory = launch::pod_directory(pod, &self.context.load());
+        if let Err(error) = write_note(&directory, note) {
+            // Without it a new agent would grant the whole grace again: no harm.
+            warn!(pod = spec::describe(pod), %error, "Ending of a pod not noted");
+        }
+    }
+
+    fn note(&self, pod: &Pod) -> Option<EndingNote> {
+        let path = launch::pod_directory(pod, &self.context.load()).join(NOTE);
+        let bytes = std::fs::read(path).ok()?;
+        let note = serde_json::from_slice(&bytes);
+        note.inspect_err(|error| {
+            warn!(pod = spec::describe(pod), %error, "Note of a pod's ending is not readable");
+        })
+        .ok()
     }
 
     async fn teardown(&self, pod: &Arc<Pod>) -> Result<(), StepError> {
@@ -222,6 +244,14 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
         }
         uids.into_iter().collect()
     }
+}
+
+/// Puts a note in the pod's directory: at once or not at all.
+fn write_note(directory: &Path, note: &EndingNote) -> std::io::Result<()> {
+    std::fs::create_dir_all(directory)?;
+    let new = directory.join(format!("{NOTE}.new"));
+    std::fs::write(&new, serde_json::to_vec(note)?)?;
+    std::fs::rename(new, directory.join(NOTE))
 }
 
 /// The cgroups that hold pods, by class.

@@ -4,6 +4,7 @@
 //! [`execute`] (the actions), [`manager`] (who has a worker).
 
 pub mod admission;
+pub mod clock;
 pub mod environment;
 mod execute;
 #[cfg(test)]

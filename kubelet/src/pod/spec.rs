@@ -1,6 +1,8 @@
 //! Readings of a Pod object that several modules need. Pure.
 
-use k8s_openapi::api::core::v1::{Container, EphemeralContainer, Pod, PodSpec};
+use k8s_openapi::api::core::v1::{
+    Container, ContainerRestartRule, EphemeralContainer, Pod, PodSpec,
+};
 use std::borrow::Cow;
 
 /// What kind of container it is: decides order, restart and what it counts for.
@@ -159,19 +161,8 @@ pub fn should_restart(spec: &PodSpec, container: ContainerRef<'_>, exit_code: i3
     if container.kind == ContainerKind::Ephemeral {
         return false;
     }
-    for rule in container.spec.restart_policy_rules.iter().flatten() {
-        let Some(codes) = &rule.exit_codes else {
-            continue;
-        };
-        let listed = codes.values.iter().flatten().any(|v| *v == exit_code);
-        let matches = match codes.operator.as_str() {
-            "In" => listed,
-            "NotIn" => !listed,
-            _ => false,
-        };
-        if matches && rule.action == "Restart" {
-            return true;
-        }
+    if matching_rule(container.spec, exit_code).is_some_and(|r| r.action == "Restart") {
+        return true;
     }
     let policy = match &container.spec.restart_policy {
         Some(own) => RestartPolicy::parse(Some(own)),
@@ -184,6 +175,23 @@ pub fn should_restart(spec: &PodSpec, container: ContainerRef<'_>, exit_code: i3
         }
         (_, RestartPolicy::Never) | (ContainerKind::Ephemeral, RestartPolicy::Always) => false,
     }
+}
+
+/// The first restart rule of a container that matches; those behind it do not count. Without a
+/// policy of its own a container has no rules.
+fn matching_rule(container: &Container, exit_code: i32) -> Option<&ContainerRestartRule> {
+    container.restart_policy.as_ref()?;
+    let mut rules = container.restart_policy_rules.iter().flatten();
+    rules.find(|rule| {
+        rule.exit_codes.as_ref().is_some_and(|codes| {
+            let listed = codes.values.iter().flatten().any(|v| *v == exit_code);
+            match codes.operator.as_str() {
+                "In" => listed,
+                "NotIn" => !listed,
+                _ => false,
+            }
+        })
+    })
 }
 
 /// Grace in seconds when the pod ends for a reason of its own or of the node's.
@@ -211,7 +219,7 @@ pub fn is_terminal(pod: &Pod) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use k8s_openapi::api::core::v1::{ContainerRestartRule, ContainerRestartRuleOnExitCodes};
+    use k8s_openapi::api::core::v1::ContainerRestartRuleOnExitCodes;
 
     fn check(kind: ContainerKind, pod_policy: &str, exit: i32, expected: bool) {
         let spec = PodSpec {

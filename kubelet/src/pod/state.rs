@@ -2,16 +2,16 @@
 //! only; the transitions are in [`super::plan`].
 
 use runtime::service::{ContainerId, SandboxId};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 /// Nanoseconds in a second.
 pub const SECOND_NS: i64 = 1_000_000_000;
 /// First CrashLoopBackOff delay.
 const BACKOFF_FIRST_NS: i64 = 10 * SECOND_NS;
-/// Greatest CrashLoopBackOff delay.
-const BACKOFF_MAX_NS: i64 = 300 * SECOND_NS;
 /// A container that ran this long starts its back-off anew.
-const BACKOFF_RESET_NS: i64 = 2 * BACKOFF_MAX_NS;
+const BACKOFF_RESET_NS: i64 = 600 * SECOND_NS;
 
 /// Where a pod is in its life. It only moves forward.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -29,16 +29,19 @@ pub enum Lifecycle {
 }
 
 /// An ending in progress.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Terminating {
     /// Why; the first cause stays.
     pub cause: Cause,
     /// Seconds of grace; it may shrink, never grow.
     pub grace_s: u64,
+    /// When SIGKILL is due, nanoseconds since the epoch; it may come closer, never move away.
+    pub deadline_ns: i64,
 }
 
 /// Why a pod ends.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Cause {
     /// All its containers ended and none shall run again, or an init container failed for good;
     /// or the apiserver already held a terminal phase.
@@ -168,15 +171,27 @@ impl Steps {
     }
 }
 
-/// A kill of one container.
+/// The end of one container that is under way.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Kill {
-    /// Seconds of grace it was given last.
-    pub grace_s: u64,
-    /// How it goes.
+    /// When SIGKILL is due, nanoseconds since the epoch.
+    pub deadline_ns: i64,
+    /// Its preStop hook: runs once, and counts as done however it went.
+    pub hook: Step,
+    /// Signal and end.
     pub step: Step,
-    /// Its preStop hook was begun: it runs once.
-    pub hooked: bool,
+    /// Users were told.
+    pub told: bool,
+}
+
+/// What is kept on disk of an ending, so that a new agent goes on with it: it grants the grace
+/// that is left, and runs no hook again that has ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndingNote {
+    /// The ending.
+    pub ending: Terminating,
+    /// Instances whose preStop hook has ended.
+    pub hooked: BTreeSet<ContainerId>,
 }
 
 /// Results of probes, by container instance.
@@ -199,16 +214,46 @@ impl Health {
     }
 }
 
-/// Which probe condemned a container.
+/// What condemned a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UnhealthyKind {
     /// Liveness.
     Liveness,
     /// Startup.
     Startup,
+    /// Not a probe: its postStart hook failed.
+    PostStart,
 }
 
-/// Restart back-off of one container: 10 s doubled up to 300 s, forgotten after a run of 10 min.
+/// Bounds of the restart back-off of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackoffLimits {
+    /// First delay.
+    pub first_ns: i64,
+    /// Greatest delay.
+    pub max_ns: i64,
+}
+
+impl Default for BackoffLimits {
+    fn default() -> Self {
+        Self::up_to(Duration::from_secs(300))
+    }
+}
+
+impl BackoffLimits {
+    /// From 10 s, or from the maximum if that is less.
+    pub fn up_to(max: Duration) -> Self {
+        let max_ns = i64::try_from(max.as_nanos()).unwrap_or(i64::MAX);
+        Self {
+            first_ns: BACKOFF_FIRST_NS.min(max_ns),
+            max_ns,
+        }
+    }
+}
+
+/// Restart back-off of one container: 10 s, doubled up to the node's limit, forgotten after a run
+/// of 10 min. Kept in the annotations of the instance it let start, so that a new agent goes on
+/// with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CrashBackoff {
     delay_ns: i64,
@@ -216,10 +261,18 @@ pub struct CrashBackoff {
 }
 
 impl CrashBackoff {
+    /// As it was recorded with an instance started at `last_restart_ns`.
+    pub fn recorded(delay_ns: i64, last_restart_ns: i64) -> Self {
+        Self {
+            delay_ns: delay_ns.max(0),
+            last_restart_ns,
+        }
+    }
+
     /// When a container that ended at `finished_ns` may run again; none means at once.
     pub fn wait_until(this: Option<&Self>, finished_ns: i64, now_ns: i64) -> Option<i64> {
         let backoff = this?;
-        if finished_ns - backoff.last_restart_ns > BACKOFF_RESET_NS {
+        if finished_ns.saturating_sub(backoff.last_restart_ns) > BACKOFF_RESET_NS {
             return None;
         }
         let until = finished_ns.saturating_add(backoff.delay_ns);
@@ -227,17 +280,27 @@ impl CrashBackoff {
     }
 
     /// The back-off after one more restart, of a container that ended at `finished_ns`.
-    pub fn after_restart(this: Option<&Self>, finished_ns: i64, now_ns: i64) -> Self {
+    pub fn after_restart(
+        this: Option<&Self>,
+        finished_ns: i64,
+        now_ns: i64,
+        limits: BackoffLimits,
+    ) -> Self {
         let delay_ns = match this {
-            Some(b) if finished_ns - b.last_restart_ns <= BACKOFF_RESET_NS => {
-                b.delay_ns.saturating_mul(2).min(BACKOFF_MAX_NS)
+            Some(b) if finished_ns.saturating_sub(b.last_restart_ns) <= BACKOFF_RESET_NS => {
+                b.delay_ns.saturating_mul(2).min(limits.max_ns)
             }
-            Some(_) | None => BACKOFF_FIRST_NS,
+            Some(_) | None => limits.first_ns,
         };
         Self {
             delay_ns,
             last_restart_ns: now_ns,
         }
+    }
+
+    /// The delay in nanoseconds, for the record.
+    pub fn delay_ns(&self) -> i64 {
+        self.delay_ns
     }
 
     /// The delay in seconds, for messages.
@@ -259,6 +322,7 @@ mod tests {
 
     #[test]
     fn crash_back_off_starts_at_ten_seconds_doubles_to_five_minutes_and_resets() {
+        let limits = BackoffLimits::default();
         let mut now = 0;
         let mut backoff = None;
         assert_eq!(
@@ -268,7 +332,12 @@ mod tests {
         );
         let mut waits = Vec::new();
         for _ in 0..8 {
-            backoff = Some(CrashBackoff::after_restart(backoff.as_ref(), now, now));
+            backoff = Some(CrashBackoff::after_restart(
+                backoff.as_ref(),
+                now,
+                now,
+                limits,
+            ));
             // It ends at once.
             let until = CrashBackoff::wait_until(backoff.as_ref(), now, now).unwrap();
             waits.push((until - now) / SECOND_NS);
@@ -280,8 +349,12 @@ mod tests {
             CrashBackoff::wait_until(backoff.as_ref(), good_run, good_run),
             None
         );
-        let fresh = CrashBackoff::after_restart(backoff.as_ref(), good_run, good_run);
+        let fresh = CrashBackoff::after_restart(backoff.as_ref(), good_run, good_run, limits);
         assert_eq!(fresh.delay_seconds(), 10);
+        let short = BackoffLimits::up_to(Duration::from_secs(4));
+        let first = CrashBackoff::after_restart(None, 0, 0, short);
+        let second = CrashBackoff::after_restart(Some(&first), 0, 0, short);
+        assert_eq!((first.delay_seconds(), second.delay_seconds()), (4, 4));
     }
 
     #[test]

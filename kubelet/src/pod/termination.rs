@@ -40,13 +40,18 @@ pub(crate) fn read(spec: &Container, instance: &ContainerStatus) -> String {
     }
 }
 
-/// The head of a message file. The container wrote to it: it is opened without following links
+/// The end of a message file. The container wrote to it: it is opened without following links
 /// and without waiting, and must be a regular file.
 fn read_file(path: &Path) -> String {
     let mut bytes = Vec::new();
-    if let Some(file) = open(path)
-        && let Err(error) = file.take(FILE_MAX).read_to_end(&mut bytes)
-    {
+    let Some(mut file) = open(path) else {
+        return String::new();
+    };
+    let length = file.metadata().map(|m| m.len()).unwrap_or(0);
+    let read = file
+        .seek(SeekFrom::Start(length.saturating_sub(FILE_MAX)))
+        .and_then(|_| file.take(FILE_MAX).read_to_end(&mut bytes));
+    if let Err(error) = read {
         debug!(path = %path.display(), %error, "Termination message not read");
     }
     String::from_utf8_lossy(&bytes).into_owned()
@@ -166,6 +171,13 @@ mod tests {
         check("FallbackToLogsOnError", "", 1, "one\ntwo\n");
         check("FallbackToLogsOnError", "", 0, "");
         check("FallbackToLogsOnError", "OK", 1, "OK");
+    }
+
+    #[test]
+    fn the_end_of_a_long_message_is_what_counts() {
+        let long = format!("{}last words", "x".repeat(5000));
+        let expected = format!("{}last words", "x".repeat(4086));
+        check("File", &long, 1, &expected);
     }
 
     #[test]

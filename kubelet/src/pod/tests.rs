@@ -1,9 +1,11 @@
 //! Pods from source to publisher on the engine in memory.
 
+use super::clock::Clock;
 use super::environment::{PodEnvironment, Rejection, StartContext, StepError};
 use super::fixture::{deleting, simple};
 use super::index::PodIndex;
 use super::manager::{Inputs, Manager};
+use super::state::{BackoffLimits, EndingNote};
 use super::worker::WorkerDeps;
 use crate::events::EventSink;
 use crate::observe::is_running;
@@ -29,6 +31,7 @@ struct FakeNode {
     config_errors: Mutex<Vec<StepError>>,
     leftovers: Mutex<Vec<String>>,
     torn_down: Mutex<Vec<String>>,
+    notes: Mutex<BTreeMap<String, EndingNote>>,
 }
 
 impl PodEnvironment for FakeNode {
@@ -78,6 +81,14 @@ impl PodEnvironment for FakeNode {
             user_image: image,
             ..ContainerConfig::default()
         })
+    }
+    fn keep_note(&self, pod: &Pod, note: &EndingNote) {
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        self.notes.lock().unwrap().insert(uid, note.clone());
+    }
+    fn note(&self, pod: &Pod) -> Option<EndingNote> {
+        let notes = self.notes.lock().unwrap();
+        notes.get(pod.metadata.uid.as_deref()?).cloned()
     }
     async fn teardown(&self, pod: &Arc<Pod>) -> Result<(), StepError> {
         self.torn_down
@@ -153,6 +164,8 @@ impl Lab {
             events: events.clone(),
             publisher: publisher.clone(),
             index: index.clone(),
+            backoff: BackoffLimits::default(),
+            clock: Clock::Wall,
         });
         tokio::spawn(publisher.task(api.clone()).run(cancel.clone()));
         let (objects, objects_rx) = mpsc::channel(8);

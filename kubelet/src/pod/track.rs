@@ -1,12 +1,14 @@
 //! What a worker keeps in line with the containers that exist: probes, last words, notes.
 
+use super::clock::nanoseconds;
 use super::environment::PodEnvironment;
 use super::spec::{self, ContainerKind};
+use super::state::CrashBackoff;
 use super::termination;
-use super::worker::{Worker, nanoseconds};
+use super::worker::Worker;
+use crate::launch::ANNOTATION_BACKOFF;
 use crate::observe::PodObservation;
 use crate::probes::{Adopted, ProbeTarget};
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Container;
 use runtime::service::{ContainerState, ContainerStatus, RuntimeService};
 use std::collections::BTreeSet;
@@ -30,6 +32,9 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             let Some(container) = spec::container(spec, &instance.config.name) else {
                 continue;
             };
+            if adopting {
+                self.adopt_backoff(instance);
+            }
             match &instance.state {
                 ContainerState::Created => {}
                 ContainerState::Running { started_at_ns, .. } => {
@@ -50,6 +55,18 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
                     }
                 }
             }
+        }
+    }
+
+    /// After a restart of the agent: the back-off the newest instance was started with.
+    fn adopt_backoff(&mut self, instance: &ContainerStatus) {
+        let config = &instance.config;
+        let recorded = config.annotations.get(ANNOTATION_BACKOFF);
+        if let Some(delay_ns) = recorded.and_then(|d| d.parse().ok()) {
+            // Instances come newest first.
+            self.backoffs
+                .entry(config.name.clone())
+                .or_insert(CrashBackoff::recorded(delay_ns, instance.created_at_ns));
         }
     }
 
@@ -103,13 +120,18 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         } else {
             sandbox.and_then(|s| s.ips.first().copied())
         };
-        let running_ns = nanoseconds(Timestamp::now()).saturating_sub(started_at_ns);
+        let now_ns = self.deps.clock.now_ns();
+        let since = |ns: i64| {
+            let ns = now_ns.saturating_sub(ns);
+            Duration::from_nanos(u64::try_from(ns).unwrap_or(0))
+        };
         self.deps.probes.ensure(ProbeTarget {
             pod: self.pod.clone(),
             container_name: container.name.clone(),
             container_id: instance.id.clone(),
             pod_ip,
-            running_for: Duration::from_nanos(u64::try_from(running_ns).unwrap_or(0)),
+            running_for: since(started_at_ns),
+            pod_for: since(nanoseconds(self.start_time)),
             adopted,
         });
     }

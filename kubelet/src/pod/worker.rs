@@ -5,12 +5,17 @@
 //!
 //! Dropping the task (the agent stops) drops its actions and touches no container.
 
+use super::clock::{Clock, nanoseconds};
 use super::environment::PodEnvironment;
 use super::execute::{self, Ended, Outcome};
 use super::index::{ContainerRefs, PodEntry, PodIndex};
-use super::plan::{self, Action, KillContainer, KillReason, PlanInput, PodPlan, Waiting};
+use super::plan::kill::{self, words};
+use super::plan::{self, Action, KillReason, PlanInput, PodPlan, Waiting};
 use super::spec;
-use super::state::{Cause, CrashBackoff, Health, Lifecycle, Steps, Terminating, UnhealthyKind};
+use super::state::{
+    BackoffLimits, Cause, CrashBackoff, EndingNote, Health, Kill, Lifecycle, Step, Steps,
+    Terminating, UnhealthyKind,
+};
 use crate::events::{EventSink, EventType, field_path};
 use crate::observe::{self, PodObservation};
 use crate::probes::{ProbeKind, ProbeUpdate, Probes};
@@ -42,6 +47,10 @@ pub struct WorkerDeps<R, E> {
     pub publisher: StatusPublisher,
     /// What readers see.
     pub index: PodIndex,
+    /// Bounds of the restart back-off.
+    pub backoff: BackoffLimits,
+    /// The time.
+    pub clock: Clock,
 }
 
 /// What a pod shall be.
@@ -106,7 +115,7 @@ pub struct Worker<R: RuntimeService, E: PodEnvironment> {
     announced_backoff: BTreeMap<String, ContainerId>,
     status: Arc<PodStatus>,
     published: bool,
-    start_time: Timestamp,
+    pub(super) start_time: Timestamp,
     pub(super) adopting: bool,
     pub(super) actions: JoinSet<Outcome<E>>,
     pulls: Vec<AbortHandle>,
@@ -134,19 +143,18 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         let start_time = reported
             .start_time
             .as_ref()
-            .map_or_else(Timestamp::now, |t| t.0);
-        let lifecycle = if let Some(cause) = first.rejected {
-            Lifecycle::Terminating(Terminating { cause, grace_s: 0 })
-        } else if spec::is_terminal(&first.pod) {
-            // It ended before this agent knew it: never started again, only cleaned up.
-            let grace_s = spec::grace_seconds(&first.pod);
-            Lifecycle::Terminating(Terminating {
-                cause: Cause::Completed,
-                grace_s,
-            })
-        } else {
-            Lifecycle::Syncing
-        };
+            .map_or_else(|| deps.clock.now(), |t| t.0);
+        let note = deps.environment.note(&first.pod);
+        let lifecycle = lifecycle(&first, note.as_ref(), deps.clock.now_ns());
+        let mut steps = Steps::default();
+        for id in note.map(|n| n.hooked).unwrap_or_default() {
+            let kill = Kill {
+                deadline_ns: i64::MAX,
+                hook: Step::Done,
+                ..Kill::default()
+            };
+            steps.kills.insert(id, kill);
+        }
         Self {
             deps,
             desired,
@@ -154,7 +162,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             pod: first.pod,
             gone: first.gone,
             lifecycle,
-            steps: Steps::default(),
+            steps,
             health: Health::default(),
             backoffs: BTreeMap::new(),
             volumes: None,
@@ -226,7 +234,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
 
     /// One look: observe, plan, report, act.
     fn step(&mut self) -> Next {
-        let now = Timestamp::now();
+        let now = self.deps.clock.now();
         if self.panicked && self.actions.is_empty() {
             // Its step would be in flight for ever. All steps are idempotent, and none is under
             // way that could be done twice.
@@ -258,7 +266,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         } = plan;
         let moved = lifecycle != self.lifecycle;
         if moved {
-            self.enter(lifecycle);
+            self.enter(lifecycle, &observed);
         }
         self.announce_backoff(&observed, &waiting);
         self.report(&observed, &waiting, now);
@@ -273,8 +281,21 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         }
     }
 
+    /// Keeps on disk what a new agent must know of this ending.
+    pub(super) fn keep_note(&self) {
+        if let Lifecycle::Terminating(ending) = &self.lifecycle {
+            let kills = self.steps.kills.iter();
+            let hooked = kills.filter(|(_, k)| k.hook == Step::Done);
+            let note = EndingNote {
+                ending: ending.clone(),
+                hooked: hooked.map(|(id, _)| id.clone()).collect(),
+            };
+            self.deps.environment.keep_note(&self.pod, &note);
+        }
+    }
+
     /// Goes to the next state.
-    fn enter(&mut self, lifecycle: Lifecycle) {
+    fn enter(&mut self, lifecycle: Lifecycle, observed: &PodObservation) {
         info!(from = ?self.lifecycle, to = ?lifecycle, "Pod state changes");
         if let (Lifecycle::Syncing, Lifecycle::Terminating(ending)) = (&self.lifecycle, &lifecycle)
         {
@@ -290,6 +311,26 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             }
         }
         self.lifecycle = lifecycle;
+        if observed.running().next().is_some() {
+            self.keep_note();
+        }
+        if let Lifecycle::Terminating(_) = &self.lifecycle {
+            for instance in observed.running() {
+                self.tell_kill(&instance.id, &instance.config.name, KillReason::PodEnds);
+            }
+        }
+    }
+
+    /// Tells users once that an instance is being stopped.
+    fn tell_kill(&mut self, id: &ContainerId, container: &str, reason: KillReason) {
+        let kill = self.steps.kills.entry(id.clone()).or_insert_with(|| Kill {
+            deadline_ns: i64::MAX,
+            ..Kill::default()
+        });
+        if !std::mem::replace(&mut kill.told, true) {
+            let text = words(&self.pod, container, reason);
+            self.container_event(container, EventType::Normal, "Killing", text);
+        }
     }
 
     /// Sleeps until something may have changed.
@@ -297,7 +338,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         let sleep = async {
             match wake_at_ns {
                 Some(at) => {
-                    let left = at.saturating_sub(nanoseconds(Timestamp::now())).max(0);
+                    let left = at.saturating_sub(self.deps.clock.now_ns()).max(0);
                     // One millisecond more: a timer that fires early would only look twice.
                     let left = Duration::from_nanos(u64::try_from(left).unwrap_or(0));
                     tokio::time::sleep(left + Duration::from_millis(1)).await;
@@ -423,39 +464,24 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             containers: container_refs(observed),
         });
         // After the farewell there is nobody to tell.
-        if !self.gone && self.steps.farewell == super::state::Step::Idle {
+        if !self.gone && self.steps.farewell == Step::Idle {
             self.deps.publisher.publish(&self.pod, self.status.clone());
         }
     }
 
     /// Starts an action.
     fn begin(&mut self, action: Action, observed: &PodObservation) {
-        if let Action::KillContainer(KillContainer {
-            id,
-            container,
-            grace_s,
-            reason,
-        }) = &action
-        {
-            let kill = self.steps.kills.entry(id.clone()).or_default();
-            let again = kill.step.is_running();
-            kill.grace_s = *grace_s;
+        if let Action::PreStop(hook) = &action {
+            self.tell_kill(&hook.id, &hook.container, hook.reason);
+            let kill = self.steps.kills.entry(hook.id.clone()).or_default();
+            kill.deadline_ns = hook.deadline_ns;
+            kill.hook.begin();
+        }
+        if let Action::KillContainer(stop) = &action {
+            self.tell_kill(&stop.id, &stop.container, stop.reason);
+            let kill = self.steps.kills.entry(stop.id.clone()).or_default();
+            kill.deadline_ns = stop.deadline_ns;
             kill.step.begin();
-            if !again {
-                let text = match reason {
-                    KillReason::PodEnds => format!("Stopping container {container}"),
-                    KillReason::Liveness => {
-                        format!("Container {container} failed liveness probe, will be restarted")
-                    }
-                    KillReason::Startup => {
-                        format!("Container {container} failed startup probe, will be restarted")
-                    }
-                    KillReason::SpecChanged => {
-                        format!("Container {container} definition changed, will be restarted")
-                    }
-                };
-                self.container_event(container, EventType::Normal, "Killing", text);
-            }
         }
         if let Action::RunSandbox { attempt } = &action
             && *attempt > 0
@@ -474,6 +500,30 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
     }
 }
 
+/// Where a pod stands when its worker begins. An ending that an agent before us began goes on.
+fn lifecycle(first: &Desired, note: Option<&EndingNote>, now_ns: i64) -> Lifecycle {
+    if let Some(cause) = &first.rejected {
+        return Lifecycle::Terminating(Terminating {
+            cause: cause.clone(),
+            grace_s: 0,
+            deadline_ns: 0,
+        });
+    }
+    if let Some(note) = note {
+        return Lifecycle::Terminating(note.ending.clone());
+    }
+    if spec::is_terminal(&first.pod) {
+        // It ended before this agent knew it: never started again, only cleaned up.
+        let grace_s = spec::grace_seconds(&first.pod);
+        return Lifecycle::Terminating(Terminating {
+            cause: Cause::Completed,
+            grace_s,
+            deadline_ns: kill::deadline_ns(now_ns, grace_s),
+        });
+    }
+    Lifecycle::Syncing
+}
+
 /// What a look leads to.
 enum Next {
     /// The state moved: look again at once.
@@ -482,11 +532,6 @@ enum Next {
     Wait(Option<i64>),
     /// The end.
     Finished,
-}
-
-/// Nanoseconds since the epoch; until 2262.
-pub(super) fn nanoseconds(at: Timestamp) -> i64 {
-    i64::try_from(at.as_nanosecond()).unwrap_or(i64::MAX)
 }
 
 /// Instances by name, for readers of logs.

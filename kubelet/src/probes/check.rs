@@ -1,7 +1,10 @@
 //! Asks a container once, by exec, HTTP, TCP or gRPC.
 
 use super::{grpc, http};
-use k8s_openapi::api::core::v1::{Container, ExecAction, GRPCAction, Probe, TCPSocketAction};
+use crate::launch::expand::expand_env;
+use k8s_openapi::api::core::v1::{
+    Container, ExecAction, GRPCAction, HTTPGetAction, Probe, TCPSocketAction,
+};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use runtime::service::{ContainerId, RuntimeErrorKind, RuntimeService};
 use std::net::IpAddr;
@@ -17,7 +20,7 @@ pub const MAX_ANSWER_BYTES: usize = 10 * 1024;
 pub struct Outcome {
     /// Good or bad.
     pub success: bool,
-    /// The probe could not be made at all (counts as bad).
+    /// The probe could not be made at all: says nothing about the container.
     pub errored: bool,
     /// Good, but somebody should look (`ProbeWarning`).
     pub warning: bool,
@@ -59,6 +62,17 @@ impl Outcome {
             message: message.into(),
         }
     }
+}
+
+/// How asking for a hook went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HttpReach {
+    /// Somebody answered.
+    Answered,
+    /// This host speaks no TLS.
+    NoTls(String),
+    /// Nobody answered, and why.
+    Failed(String),
 }
 
 /// Whom to ask, and how long to wait.
@@ -110,8 +124,43 @@ impl<R: RuntimeService> Checker<R> {
         }
     }
 
+    /// Asks over HTTP for a hook, which cares for an answer only.
+    pub async fn reach(&self, action: &HTTPGetAction, target: &Target<'_>) -> HttpReach {
+        let asked = async {
+            let (host, port) = address(action.host.as_deref(), &action.port, target)?;
+            match http::ask(action, &host, port, http::Asker::Hook).await {
+                Ok(_) => Ok(HttpReach::Answered),
+                Err(e) if e.no_tls => Ok(HttpReach::NoTls(authority(&host, port))),
+                Err(e) => Err(e.message),
+            }
+        };
+        match tokio::time::timeout(target.timeout, asked).await {
+            Ok(Ok(reach)) => reach,
+            Ok(Err(message)) => HttpReach::Failed(message),
+            Err(_) => HttpReach::Failed("context deadline exceeded".to_owned()),
+        }
+    }
+
+    /// Runs the command of a probe, with the container's literal environment expanded in it.
     async fn exec(&self, action: &ExecAction, target: &Target<'_>) -> Outcome {
-        let command = action.command.clone().unwrap_or_default();
+        let env: Vec<(String, String)> =
+            target
+                .container
+                .env
+                .iter()
+                .flatten()
+                .fold(Vec::new(), |mut all, variable| {
+                    let value = variable.value.clone().unwrap_or_default();
+                    all.push((variable.name.clone(), value));
+                    all
+                });
+        let words = action.command.iter().flatten();
+        self.run(words.map(|w| expand_env(w, &env)).collect(), target)
+            .await
+    }
+
+    /// Runs a command as it is given.
+    pub async fn run(&self, command: Vec<String>, target: &Target<'_>) -> Outcome {
         let shown = command.join(" ");
         let run = self.runtime.exec_sync(
             target.container_id,
@@ -136,11 +185,10 @@ impl<R: RuntimeService> Checker<R> {
                     "command timed out: {shown:?} timed out after {}s",
                     target.timeout.as_secs()
                 )),
-                // The program is missing or cannot be executed: the container's fault.
-                RuntimeErrorKind::StartFailed | RuntimeErrorKind::Invalid => {
-                    Outcome::bad(e.to_string())
-                }
-                RuntimeErrorKind::NotFound
+                // A program that is missing says nothing about the container, as people know it.
+                RuntimeErrorKind::StartFailed
+                | RuntimeErrorKind::Invalid
+                | RuntimeErrorKind::NotFound
                 | RuntimeErrorKind::Network
                 | RuntimeErrorKind::ImagePull
                 | RuntimeErrorKind::Conflict
@@ -152,14 +200,17 @@ impl<R: RuntimeService> Checker<R> {
 
 fn timed_out(probe: &Probe, target: &Target<'_>) -> String {
     let seconds = target.timeout.as_secs();
-    if let Some(g) = &probe.grpc {
-        return format!(
-            "timeout: failed to connect service \":{}\" within {seconds}s: context deadline exceeded",
-            g.port
-        );
+    if probe.grpc.is_some() {
+        return format!("timeout: health rpc did not complete within {seconds}s");
+    }
+    if let Some(action) = &probe.tcp_socket {
+        return match address(action.host.as_deref(), &action.port, target) {
+            Ok((host, port)) => format!("dial tcp {}: i/o timeout", authority(&host, port)),
+            Err(e) => e,
+        };
     }
     let Some(action) = &probe.http_get else {
-        return format!("dial timed out after {seconds}s");
+        return format!("timed out after {seconds}s");
     };
     let scheme = action.scheme.as_deref().unwrap_or("HTTP").to_lowercase();
     let path = action.path.as_deref().unwrap_or("/");
@@ -201,26 +252,22 @@ fn address(
 /// A port by number, by the name of a container port, or by a number written as text.
 fn resolve_port(port: &IntOrString, container: &Container) -> Result<u16, String> {
     let number = match port {
-        IntOrString::Int(n) => Some(*n),
-        IntOrString::String(name) => container
-            .ports
-            .iter()
-            .flatten()
-            .find(|p| p.name.as_deref() == Some(name.as_str()))
-            .map(|p| p.container_port)
-            .or_else(|| name.parse().ok()),
+        IntOrString::Int(n) => *n,
+        IntOrString::String(name) => {
+            let mut ports = container.ports.iter().flatten();
+            let named = ports.find(|p| p.name.as_deref() == Some(name.as_str()));
+            match named {
+                Some(port) => port.container_port,
+                None => name
+                    .parse()
+                    .map_err(|_| format!("strconv.Atoi: parsing {name:?}: invalid syntax"))?,
+            }
+        }
     };
-    number
-        .and_then(|n| u16::try_from(n).ok())
+    u16::try_from(number)
+        .ok()
         .filter(|n| *n > 0)
-        .ok_or_else(|| format!("couldn't find port: {} in {}", show(port), container.name))
-}
-
-fn show(port: &IntOrString) -> String {
-    match port {
-        IntOrString::Int(n) => n.to_string(),
-        IntOrString::String(s) => s.clone(),
-    }
+        .ok_or_else(|| format!("invalid port number: {number}"))
 }
 
 async fn tcp(action: &TCPSocketAction, target: &Target<'_>) -> Result<Outcome, String> {
@@ -252,7 +299,8 @@ async fn grpc_check(action: &GRPCAction, target: &Target<'_>) -> Result<Outcome,
         .pod_ip
         .ok_or("the pod has no IP address yet")?
         .to_string();
-    Ok(grpc::health(&host, port, action.service.as_deref().unwrap_or_default()).await)
+    let service = action.service.as_deref().unwrap_or_default();
+    Ok(grpc::health(&host, port, service, target.timeout).await)
 }
 
 #[cfg(test)]
@@ -277,7 +325,7 @@ mod tests {
         assert_eq!(resolve_port(&text("81"), &container), Ok(81));
         assert_eq!(
             resolve_port(&text("https"), &container),
-            Err("couldn't find port: https in web".to_owned())
+            Err("strconv.Atoi: parsing \"https\": invalid syntax".to_owned())
         );
         assert!(resolve_port(&IntOrString::Int(70000), &container).is_err());
         assert!(resolve_port(&IntOrString::Int(0), &container).is_err());

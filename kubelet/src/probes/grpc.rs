@@ -3,28 +3,37 @@
 //! The two messages have one field each, so they are written by hand here instead of pulling a
 //! gRPC stack into the agent for them.
 
-use super::check::{Outcome, authority, dial_error};
+use super::check::{Outcome, authority};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::Request;
 use hyper::body::Bytes;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use std::time::Duration;
 use tokio::net::TcpStream;
 
 /// A health answer is a few bytes.
 const MAX_BODY_BYTES: usize = 64 * 1024;
 
-/// Asks once; the caller bounds the time.
-pub(super) async fn health(host: &str, port: u16, service: &str) -> Outcome {
+/// Asks once; the caller bounds the time, `timeout` is for its words.
+pub(super) async fn health(host: &str, port: u16, service: &str, timeout: Duration) -> Outcome {
     let address = authority(host, port);
-    match call(host, port, service).await {
-        Ok(Status {
-            code: 0,
-            serving: Some(1),
-            ..
-        }) => Outcome::good(format!("service {service:?} at {address:?} is serving")),
-        Ok(Status {
-            code: 0, serving, ..
-        }) => {
+    let status = match call(host, port, service).await {
+        Ok(status) => status,
+        Err(CallError::Connect) => {
+            return Outcome::bad(format!(
+                "timeout: failed to connect service {address:?} within {}s: context deadline exceeded",
+                timeout.as_secs()
+            ));
+        }
+        Err(CallError::Call(e)) => {
+            return Outcome::bad(format!(
+                "error: health rpc probe failed: rpc error: code = Unavailable desc = {e}"
+            ));
+        }
+    };
+    match (status.code, status.serving) {
+        (0, Some(1)) => Outcome::good("service healthy"),
+        (0, serving) => {
             let word = match serving {
                 Some(2) => "NOT_SERVING",
                 Some(3) => "SERVICE_UNKNOWN",
@@ -32,13 +41,56 @@ pub(super) async fn health(host: &str, port: u16, service: &str) -> Outcome {
             };
             Outcome::bad(format!("service unhealthy (responded with {word:?})"))
         }
-        Ok(Status { code: 12, .. }) => Outcome::bad(format!(
-            "error: this server does not implement the grpc health protocol (grpc.health.v1.Health): {address}"
+        (12, _) => Outcome::bad(format!(
+            "error: this server does not implement the grpc health protocol (grpc.health.v1.Health): {}",
+            status.message
         )),
-        Ok(Status { code, message, .. }) => Outcome::bad(format!(
-            "error: health rpc probe failed: rpc error: code = {code} desc = {message}"
+        (code, _) => Outcome::bad(format!(
+            "error: health rpc probe failed: rpc error: code = {} desc = {}",
+            code_name(code),
+            status.message
         )),
-        Err(e) => Outcome::bad(format!("failed to connect service {address:?}: {e}")),
+    }
+}
+
+/// The names of gRPC status codes.
+fn code_name(code: u32) -> String {
+    const NAMES: [&str; 17] = [
+        "OK",
+        "Canceled",
+        "Unknown",
+        "InvalidArgument",
+        "DeadlineExceeded",
+        "NotFound",
+        "AlreadyExists",
+        "PermissionDenied",
+        "ResourceExhausted",
+        "FailedPrecondition",
+        "Aborted",
+        "OutOfRange",
+        "Unimplemented",
+        "Internal",
+        "Unavailable",
+        "DataLoss",
+        "Unauthenticated",
+    ];
+    let known = usize::try_from(code).ok().and_then(|c| NAMES.get(c));
+    known.map_or_else(|| format!("Code({code})"), |name| (*name).to_owned())
+}
+
+/// Why a call has no status.
+#[derive(Debug, PartialEq, Eq)]
+enum CallError {
+    /// Nobody listens. Stock probes try again until their time is up; so little is lost by saying
+    /// it at once.
+    Connect,
+    /// Something else.
+    Call(String),
+}
+
+impl From<String> for CallError {
+    fn from(message: String) -> Self {
+        Self::Call(message)
     }
 }
 
@@ -49,10 +101,10 @@ struct Status {
     serving: Option<u64>,
 }
 
-async fn call(host: &str, port: u16, service: &str) -> Result<Status, String> {
+async fn call(host: &str, port: u16, service: &str) -> Result<Status, CallError> {
     let stream = TcpStream::connect((host, port))
         .await
-        .map_err(|e| dial_error(&e))?;
+        .map_err(|_| CallError::Connect)?;
     let io = TokioIo::new(stream);
     let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io)
         .await
@@ -84,7 +136,7 @@ async fn call(host: &str, port: u16, service: &str) -> Result<Status, String> {
             .and_then(|c| c.parse().ok())
             .unwrap_or(2);
         let message = find("grpc-message").unwrap_or_default();
-        Ok(Status {
+        Ok::<_, String>(Status {
             code,
             message,
             serving: decode(&body.to_bytes()),
@@ -93,10 +145,10 @@ async fn call(host: &str, port: u16, service: &str) -> Result<Status, String> {
     tokio::pin!(asked, connection);
     tokio::select! {
         biased;
-        done = &mut asked => done,
+        done = &mut asked => Ok(done?),
         ended = &mut connection => match ended {
-            Ok(()) => asked.await,
-            Err(e) => Err(e.to_string()),
+            Ok(()) => Ok(asked.await?),
+            Err(e) => Err(e.to_string().into()),
         },
     }
 }

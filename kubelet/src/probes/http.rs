@@ -18,47 +18,96 @@ use tokio::net::TcpStream;
 /// Go's clients give up here too.
 const MAX_REDIRECTS: usize = 10;
 
-/// Asks once; the caller bounds the time.
+/// Who asks; servers see it as the user agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asker {
+    /// A probe.
+    Probe,
+    /// A lifecycle hook.
+    Hook,
+}
+
+impl Asker {
+    fn user_agent(self) -> HeaderValue {
+        HeaderValue::from_static(match self {
+            Self::Probe => "kube-probe/1.36",
+            Self::Hook => "kube-lifecycle/1.36",
+        })
+    }
+}
+
+/// Why there is no answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct NoAnswer {
+    /// In the words people know from Go.
+    pub(super) message: String,
+    /// The server speaks plain HTTP where TLS was asked for.
+    pub(super) no_tls: bool,
+}
+
+impl From<String> for NoAnswer {
+    fn from(message: String) -> Self {
+        Self {
+            message,
+            no_tls: false,
+        }
+    }
+}
+
+/// Probes once; the caller bounds the time.
 pub(super) async fn get(action: &HTTPGetAction, host: &str, port: u16) -> Outcome {
+    match ask(action, host, port, Asker::Probe).await {
+        Ok(answer) => answer.outcome(),
+        Err(error) => Outcome::bad(error.message),
+    }
+}
+
+/// Asks once, following redirects on the same host; the caller bounds the time.
+pub(super) async fn ask(
+    action: &HTTPGetAction,
+    host: &str,
+    port: u16,
+    asker: Asker,
+) -> Result<Answer, NoAnswer> {
+    let mut url = first_url(action, host, port);
+    let mut first_host = None;
+    for _ in 0..MAX_REDIRECTS {
+        let uri: Uri = url
+            .parse()
+            .map_err(|e| NoAnswer::from(format!("parse \"{url}\": {e}")))?;
+        let home = first_host.get_or_insert_with(|| uri.host().map(str::to_owned));
+        let answer = fetch(action, &uri, asker).await.map_err(|e| NoAnswer {
+            message: format!("Get \"{url}\": {}", e.message),
+            ..e
+        })?;
+        let next = answer.location.as_deref().and_then(|l| resolve(&uri, l));
+        match next {
+            // Another host is not ours to ask.
+            Some(next) if next.host().map(str::to_owned) == *home => url = next.to_string(),
+            Some(_) | None => return Ok(answer),
+        }
+    }
+    Err(format!("Get \"{url}\": stopped after {MAX_REDIRECTS} redirects").into())
+}
+
+/// Where a check begins. What may not stand in a URL is encoded.
+fn first_url(action: &HTTPGetAction, host: &str, port: u16) -> String {
     let https = action
         .scheme
         .as_deref()
         .is_some_and(|s| s.eq_ignore_ascii_case("https"));
     let scheme = if https { "https" } else { "http" };
-    let path = action
-        .path
-        .as_deref()
-        .filter(|p| !p.is_empty())
-        .unwrap_or("/");
-    let slash = if path.starts_with('/') { "" } else { "/" };
-    let mut url = format!("{scheme}://{}{slash}{path}", authority(host, port));
-    for _ in 0..=MAX_REDIRECTS {
-        let uri: Uri = match url.parse() {
-            Ok(uri) => uri,
-            Err(e) => return Outcome::bad(format!("parse \"{url}\": {e}")),
-        };
-        let answer = match fetch(action, &uri).await {
-            Ok(answer) => answer,
-            Err(e) => return Outcome::bad(format!("Get \"{url}\": {e}")),
-        };
-        if !answer.redirect {
-            return answer.outcome;
+    let given = action.path.as_deref().unwrap_or_default();
+    let slash = if given.starts_with('/') { "" } else { "/" };
+    let mut path = String::with_capacity(given.len());
+    for byte in given.bytes() {
+        if byte.is_ascii_graphic() && !b"\"<>\\^`{|}".contains(&byte) {
+            path.push(char::from(byte));
+        } else {
+            path.push_str(&format!("%{byte:02X}"));
         }
-        let Some(next) = answer.location.and_then(|l| resolve(&uri, &l)) else {
-            return answer.outcome;
-        };
-        if next.host() != uri.host() {
-            // Another host is not ours to ask: alive enough to redirect is a success.
-            return Outcome::warned(format!(
-                "Probe terminated redirects, Response body: {}",
-                answer.outcome.message
-            ));
-        }
-        url = next.to_string();
     }
-    Outcome::bad(format!(
-        "Get \"{url}\": stopped after {MAX_REDIRECTS} redirects"
-    ))
+    format!("{scheme}://{}{slash}{path}", authority(host, port))
 }
 
 /// A redirect's target, absolute or relative to where we are.
@@ -69,17 +118,38 @@ fn resolve(from: &Uri, location: &str) -> Option<Uri> {
         return Some(uri);
     }
     let base = format!("{}://{}", from.scheme_str()?, from.authority()?);
-    let slash = if location.starts_with('/') { "" } else { "/" };
-    format!("{base}{slash}{location}").parse().ok()
+    let directory = from.path().rsplit_once('/').map_or("", |(dir, _)| dir);
+    if location.starts_with('/') {
+        format!("{base}{location}").parse().ok()
+    } else {
+        format!("{base}{directory}/{location}").parse().ok()
+    }
 }
 
-struct Answer {
-    outcome: Outcome,
-    redirect: bool,
+/// What a server said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Answer {
+    status: u16,
+    body: String,
+    /// Where it sends us, if it is a redirect to be followed.
     location: Option<String>,
 }
 
-async fn fetch(action: &HTTPGetAction, uri: &Uri) -> Result<Answer, String> {
+impl Answer {
+    /// What a probe makes of it. The body of a failure is not shown to users.
+    fn outcome(self) -> Outcome {
+        match self.status {
+            200..300 => Outcome::good(self.body),
+            300..400 => Outcome::warned(format!(
+                "Probe terminated redirects, Response body: {}",
+                self.body
+            )),
+            status => Outcome::bad(format!("HTTP probe failed with statuscode: {status}")),
+        }
+    }
+}
+
+async fn fetch(action: &HTTPGetAction, uri: &Uri, asker: Asker) -> Result<Answer, NoAnswer> {
     let host = uri
         .host()
         .unwrap_or_default()
@@ -96,36 +166,71 @@ async fn fetch(action: &HTTPGetAction, uri: &Uri) -> Result<Answer, String> {
         let tls = connector
             .connect(name, stream)
             .await
-            .map_err(|e| e.to_string())?;
-        exchange(tls, action, uri).await
+            .map_err(|e| tls_error(&e))?;
+        exchange(tls, action, uri, asker).await
     } else {
-        exchange(stream, action, uri).await
+        exchange(stream, action, uri, asker).await
     }
 }
 
-async fn exchange<S>(stream: S, action: &HTTPGetAction, uri: &Uri) -> Result<Answer, String>
+/// A failed handshake; a server that answers in plain text is told apart.
+fn tls_error(error: &std::io::Error) -> NoAnswer {
+    let inner = error
+        .get_ref()
+        .and_then(|e| e.downcast_ref::<rustls::Error>());
+    let no_tls = matches!(
+        inner,
+        Some(rustls::Error::InvalidMessage(
+            rustls::InvalidMessage::InvalidContentType
+                | rustls::InvalidMessage::UnknownProtocolVersion
+        ))
+    );
+    NoAnswer {
+        message: if no_tls {
+            "http: server gave HTTP response to HTTPS client".to_owned()
+        } else {
+            error.to_string()
+        },
+        no_tls,
+    }
+}
+
+async fn exchange<S>(
+    stream: S,
+    action: &HTTPGetAction,
+    uri: &Uri,
+    asker: Asker,
+) -> Result<Answer, NoAnswer>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
+    let mut builder = hyper::client::conn::http1::Builder::new();
+    // As Go spells header names; old servers look at the case.
+    let handshake = builder
+        .title_case_headers(true)
+        .handshake(TokioIo::new(stream));
     let (mut sender, connection) = handshake.await.map_err(|e| e.to_string())?;
     let asked = async {
-        let response = sender.send_request(request(action, uri)?).await;
+        let response = sender.send_request(request(action, uri, asker)?).await;
         answer(response.map_err(|e| e.to_string())?).await
     };
     // The connection only moves while it is polled; both end together, no task is left behind.
     tokio::pin!(asked, connection);
     tokio::select! {
         biased;
-        done = &mut asked => done,
+        done = &mut asked => Ok(done?),
         ended = &mut connection => match ended {
-            Ok(()) => asked.await,
-            Err(e) => Err(e.to_string()),
+            Ok(()) => Ok(asked.await?),
+            Err(e) => Err(e.to_string().into()),
         },
     }
 }
 
-fn request(action: &HTTPGetAction, uri: &Uri) -> Result<Request<Empty<Bytes>>, String> {
+fn request(
+    action: &HTTPGetAction,
+    uri: &Uri,
+    asker: Asker,
+) -> Result<Request<Empty<Bytes>>, String> {
     let path = uri.path_and_query().map_or("/", |p| p.as_str());
     let mut request = Request::get(path)
         .body(Empty::new())
@@ -147,12 +252,16 @@ fn request(action: &HTTPGetAction, uri: &Uri) -> Result<Request<Empty<Bytes>>, S
             HeaderValue::from_str(host).map_err(|e| e.to_string())?,
         );
     }
-    headers
-        .entry(USER_AGENT)
-        .or_insert(HeaderValue::from_static("kube-probe/1.36"));
+    headers.entry(USER_AGENT).or_insert(asker.user_agent());
     headers
         .entry(ACCEPT)
         .or_insert(HeaderValue::from_static("*/*"));
+    // Given empty, they are not sent at all.
+    for name in [USER_AGENT, ACCEPT] {
+        if headers.get(&name).is_some_and(HeaderValue::is_empty) {
+            headers.remove(&name);
+        }
+    }
     headers.insert(CONNECTION, HeaderValue::from_static("close"));
     Ok(request)
 }
@@ -173,18 +282,11 @@ async fn answer(response: Response<hyper::body::Incoming>) -> Result<Answer, Str
             kept.extend_from_slice(&data[..data.len().min(MAX_ANSWER_BYTES - kept.len())]);
         }
     }
-    let outcome = if (200..400).contains(&status.as_u16()) {
-        Outcome::good(String::from_utf8_lossy(&kept))
-    } else {
-        Outcome::bad(format!(
-            "HTTP probe failed with statuscode: {}",
-            status.as_u16()
-        ))
-    };
+    let followed = matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308);
     Ok(Answer {
-        outcome,
-        redirect: status.is_redirection(),
-        location,
+        status: status.as_u16(),
+        body: String::from_utf8_lossy(&kept).into_owned(),
+        location: location.filter(|l| followed && !l.is_empty()),
     })
 }
 

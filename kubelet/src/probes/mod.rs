@@ -11,6 +11,11 @@
 //! flips; its first probes are spread over their period by a hash, so that a node full of probed
 //! pods does not probe them all at once.
 //!
+//! Readiness is asked at once when a container is up, liveness at the next beat of a clock that
+//! began with the pod, so that nobody is condemned in the moment of starting. A startup probe is
+//! asked at once as well, to be quick; it may only gain by it: a failure before its first beat
+//! does not count.
+//!
 //! Tasks end when their container is removed, when its pod is removed, and on liveness or startup
 //! failure (the container is to be replaced).
 
@@ -19,18 +24,23 @@ mod grpc;
 mod http;
 pub mod verdict;
 
-use crate::events::{EventSink, EventType, container_path, init_container_path};
+use crate::events::{EventSink, EventType, field_path};
 use check::{Checker, Outcome, Target};
 use k8s_openapi::api::core::v1::{Container, Pod, Probe};
 use runtime::service::{ContainerId, RuntimeService};
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use verdict::{Thresholds, Tracker};
+
+/// Tries of a probe that cannot be made before it is given up until its next time.
+const MAX_TRIES: usize = 3;
 
 /// At most this many probes run at once on a node: enough for hundreds of pods with one-second
 /// probes, few enough that a storm cannot starve the node.
@@ -99,6 +109,8 @@ pub struct ProbeTarget {
     pub pod_ip: Option<IpAddr>,
     /// How long it runs already.
     pub running_for: Duration,
+    /// How long the node has had the pod.
+    pub pod_for: Duration,
     /// Verdicts to go on from, after a restart of the agent.
     pub adopted: Option<Adopted>,
 }
@@ -163,9 +175,10 @@ impl<R: RuntimeService> Probes<R> {
 
     /// Starts the probes of a running container. Idempotent by container id.
     pub fn ensure(&self, target: ProbeTarget) {
-        let Some((container, init)) = find_container(&target.pod, &target.container_name) else {
+        let Some(container) = find_container(&target.pod, &target.container_name) else {
             return;
         };
+        let path = field_path(&target.pod, &target.container_name);
         let has_startup = container.startup_probe.is_some();
         let has_readiness = container.readiness_probe.is_some();
         let stop = self.inner.shutdown.child_token();
@@ -194,13 +207,10 @@ impl<R: RuntimeService> Probes<R> {
                     entry: Arc::clone(&entry),
                     target: target.clone(),
                     container: container.clone(),
-                    field_path: if init {
-                        init_container_path(&target.container_name)
-                    } else {
-                        container_path(&target.container_name)
-                    },
+                    field_path: path.clone(),
                     kind,
                     probe: probe.clone(),
+                    since: Instant::now(),
                 };
                 self.inner.tracker.spawn(task.run());
             }
@@ -253,20 +263,12 @@ impl<R: RuntimeService> Probes<R> {
     }
 }
 
-/// A container of the pod by name, and whether it stands among the init containers.
-fn find_container(pod: &Pod, name: &str) -> Option<(Container, bool)> {
+/// A main or init container of the pod by name.
+fn find_container(pod: &Pod, name: &str) -> Option<Container> {
     let spec = pod.spec.as_ref()?;
-    let main = spec
-        .containers
-        .iter()
-        .find(|c| c.name == name)
-        .map(|c| (c.clone(), false));
-    main.or_else(|| {
-        let init = spec.init_containers.as_deref().unwrap_or_default();
-        init.iter()
-            .find(|c| c.name == name)
-            .map(|c| (c.clone(), true))
-    })
+    let init = spec.init_containers.iter().flatten();
+    let mut all = spec.containers.iter().chain(init);
+    all.find(|c| c.name == name).cloned()
 }
 
 /// One probe of one container.
@@ -278,6 +280,8 @@ struct ProbeTask<R> {
     field_path: String,
     kind: ProbeKind,
     probe: Probe,
+    /// When `target` was true.
+    since: Instant,
 }
 
 impl<R: RuntimeService> ProbeTask<R> {
@@ -306,22 +310,36 @@ impl<R: RuntimeService> ProbeTask<R> {
                 return;
             }
         }
-        self.first_delay().await;
         let period = seconds(self.probe.period_seconds, 10);
-        let mut due = tokio::time::interval(period);
+        if self.kind == ProbeKind::Startup && self.target.adopted.is_none() {
+            tokio::time::sleep(self.initial_delay()).await;
+            let early = self.ask().await;
+            if early.success && self.take(&mut tracker, early).await.is_break() {
+                return;
+            }
+        }
+        let mut due = tokio::time::interval_at(Instant::now() + self.first_delay(), period);
         due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             due.tick().await;
             let outcome = self.ask().await;
-            if !outcome.success || outcome.warning {
-                self.record(&outcome);
-            }
-            let Some(success) = tracker.observe(outcome.success) else {
-                continue;
-            };
-            if !self.report(success, outcome.message).await {
+            if self.take(&mut tracker, outcome).await.is_break() {
                 return;
             }
+        }
+    }
+
+    /// Notes what a probe found; breaks when this probe has no more to say.
+    async fn take(&self, tracker: &mut Tracker, outcome: Outcome) -> ControlFlow<()> {
+        if !outcome.success || outcome.warning {
+            self.record(&outcome);
+        }
+        if outcome.errored {
+            return ControlFlow::Continue(());
+        }
+        match tracker.observe(outcome.success) {
+            Some(success) if !self.report(success, outcome.message).await => ControlFlow::Break(()),
+            Some(_) | None => ControlFlow::Continue(()),
         }
     }
 
@@ -334,16 +352,28 @@ impl<R: RuntimeService> ProbeTask<R> {
         }
     }
 
-    /// initialDelaySeconds counts from the start of the container. Probes of adopted containers
-    /// are spread over their period.
-    async fn first_delay(&self) {
+    /// What is left of initialDelaySeconds, which count from the start of the container.
+    fn initial_delay(&self) -> Duration {
         let initial = seconds(Some(self.probe.initial_delay_seconds.unwrap_or(0)), 0);
-        let mut wait = initial.saturating_sub(self.target.running_for);
+        let running = self.target.running_for + self.since.elapsed();
+        initial.saturating_sub(running)
+    }
+
+    /// How long to wait for the first regular probe. Those of adopted containers are spread over
+    /// their period.
+    fn first_delay(&self) -> Duration {
+        let wait = self.initial_delay();
+        let period = seconds(self.probe.period_seconds, 10);
         if self.target.adopted.is_some() && wait.is_zero() {
-            let period = seconds(self.probe.period_seconds, 10);
-            wait = period.mul_f64(phase(&self.target.container_id, self.kind));
+            return period.mul_f64(phase(&self.target.container_id, self.kind));
         }
-        tokio::time::sleep(wait).await;
+        match self.kind {
+            ProbeKind::Readiness => wait,
+            ProbeKind::Startup | ProbeKind::Liveness => {
+                let pod_for = self.target.pod_for + self.since.elapsed();
+                next_beat(pod_for + wait, period) - pod_for
+            }
+        }
     }
 
     async fn ask(&self) -> Outcome {
@@ -355,13 +385,20 @@ impl<R: RuntimeService> ProbeTask<R> {
             pod_ip: self.target.pod_ip,
             timeout: seconds(self.probe.timeout_seconds, 1),
         };
-        self.probes.inner.checker.check(&self.probe, &target).await
+        let mut outcome = self.probes.inner.checker.check(&self.probe, &target).await;
+        for _ in 1..MAX_TRIES {
+            if !outcome.errored {
+                break;
+            }
+            outcome = self.probes.inner.checker.check(&self.probe, &target).await;
+        }
+        outcome
     }
 
     fn record(&self, outcome: &Outcome) {
         let (reason, verb) = match (outcome.warning, outcome.errored) {
             (true, _) => ("ProbeWarning", "warning"),
-            (false, true) => ("Unhealthy", "errored"),
+            (false, true) => ("Unhealthy", "errored and resulted in unknown state"),
             (false, false) => ("Unhealthy", "failed"),
         };
         let message = format!("{} probe {verb}: {}", self.kind.word(), outcome.message);
@@ -410,6 +447,13 @@ impl<R: RuntimeService> ProbeTask<R> {
 fn seconds(value: Option<i32>, default: u64) -> Duration {
     let given = value.and_then(|v| u64::try_from(v).ok()).filter(|v| *v > 0);
     Duration::from_secs(given.unwrap_or(default))
+}
+
+/// The first whole multiple of `period` from `at` on.
+fn next_beat(at: Duration, period: Duration) -> Duration {
+    let period_ns = period.as_nanos().max(1);
+    let beats = at.as_nanos().div_ceil(period_ns);
+    Duration::from_nanos(u64::try_from(beats.saturating_mul(period_ns)).unwrap_or(u64::MAX))
 }
 
 /// A number in 0..1 that is the same for the same probe at every start of the agent.

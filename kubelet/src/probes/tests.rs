@@ -75,6 +75,7 @@ fn target(bench: &Bench, container: Container, adopted: Option<Adopted>) -> Prob
         container_id: bench.id.clone(),
         pod_ip: Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
         running_for: Duration::ZERO,
+        pod_for: Duration::ZERO,
         adopted,
     }
 }

@@ -1,6 +1,6 @@
 //! A pod's status from its spec, its state and what the runtime holds. Pure.
 
-use super::{conditions, containers};
+use super::{conditions, containers, last_words};
 use crate::observe::PodObservation;
 use crate::pod::plan::Waiting;
 use crate::pod::spec::{self, ContainerKind, RestartPolicy};
@@ -73,6 +73,10 @@ pub fn derive(input: &DeriveInput<'_>) -> PodStatus {
         status.ephemeral_container_statuses = some(all.ephemeral);
     }
     end_of_phase(input, spec, &mut status);
+    if !rejected && matches!(input.lifecycle, Lifecycle::Terminated(_)) {
+        last_words::settle(spec, &mut status);
+    }
+    last_words::bound(spec, &mut status);
     let network_ready = addresses(input, spec, &mut status);
     if !rejected {
         status.conditions = Some(conditions::conditions(input, spec, &status, network_ready));

@@ -6,6 +6,7 @@
 mod conditions;
 mod containers;
 pub mod derive;
+mod last_words;
 mod patch;
 pub mod publish;
 #[cfg(test)]

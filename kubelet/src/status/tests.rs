@@ -68,7 +68,11 @@ impl Case {
     }
 
     fn ending(mut self, cause: Cause) -> Self {
-        self.lifecycle = Lifecycle::Terminating(Terminating { cause, grace_s: 30 });
+        self.lifecycle = Lifecycle::Terminating(Terminating {
+            cause,
+            grace_s: 30,
+            deadline_ns: 0,
+        });
         self
     }
 }
@@ -385,4 +389,61 @@ fn a_stopped_sandbox_is_not_ready_to_start_containers() {
     );
     assert_eq!(condition(&status, "Initialized")["reason"], "PodCompleted");
     assert_eq!(condition(&status, "Ready")["reason"], "PodCompleted");
+}
+
+#[test]
+fn an_ephemeral_container_is_shown_and_counts_for_nothing() {
+    let spec = pod(json!({"containers": [{"name": "a", "image": "a:1"}],
+        "ephemeralContainers": [{"name": "z", "image": "z:1"}, {"name": "e", "image": "e:1"}]}));
+    let list = vec![
+        container("a", 0, 0, running()),
+        container("e", 0, 0, exited(1, 5)),
+    ];
+    let status = Case::new(spec, observed(list)).json();
+    assert_eq!(status["phase"], "Running");
+    assert_eq!(condition(&status, "Ready")["status"], "True");
+    let shown = &status["ephemeralContainerStatuses"];
+    assert_eq!(shown[0]["name"], "e");
+    assert_eq!(shown[0]["state"]["terminated"]["exitCode"], 1);
+    assert_eq!(shown[0]["ready"], false);
+    assert!(shown[0].get("started").is_none());
+    assert_eq!(shown[1]["state"]["waiting"]["reason"], "ContainerCreating");
+}
+
+#[test]
+fn all_messages_of_a_pod_together_are_bounded() {
+    let list = ["a", "b"].map(|n| container(n, 0, 0, exited(1, 5)));
+    let mut case = Case::new(two("Never"), observed(list.to_vec()));
+    for c in &list {
+        case.messages.insert(c.id.clone(), "ü".repeat(4000));
+    }
+    let status = case.derive();
+    for container in status.container_statuses.unwrap() {
+        let ended = container.state.unwrap().terminated.unwrap();
+        assert_eq!(ended.message.unwrap().len(), 6144);
+    }
+}
+
+#[test]
+fn a_pod_that_is_over_leaves_no_container_waiting() {
+    let mut case = Case::new(simple("Always"), PodObservation::default()).wait("a", "ErrImagePull");
+    case.lifecycle = Lifecycle::Terminated(Cause::Deleted);
+    let status = case.json();
+    assert_eq!(status["phase"], "Failed");
+    let ended = &status["containerStatuses"][0]["state"]["terminated"];
+    assert_eq!(ended["reason"], "ContainerStatusUnknown");
+    assert_eq!(ended["exitCode"], 137);
+    // Before it was initialised, main containers had no turn.
+    let spec = pod(json!({"initContainers": [{"name": "i", "image": "i:1"}],
+        "containers": [{"name": "a", "image": "a:1"}]}));
+    let mut case = Case::new(spec, PodObservation::default());
+    case.lifecycle = Lifecycle::Terminated(Cause::Deleted);
+    let status = case.json();
+    assert!(
+        status["containerStatuses"][0]["state"]
+            .get("waiting")
+            .is_some()
+    );
+    let init = &status["initContainerStatuses"][0]["state"];
+    assert_eq!(init["terminated"]["reason"], "ContainerStatusUnknown");
 }

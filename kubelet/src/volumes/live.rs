@@ -6,6 +6,7 @@
 
 use super::plan::Source;
 use super::{Inner, PodState, lock};
+use crate::events::EventType;
 use crate::launch::pod_namespace;
 use crate::objects::{ObjectChange, ObjectKind};
 use jiff::Timestamp;
@@ -94,6 +95,10 @@ async fn rewrite(inner: &Inner, state: &PodState) {
     if let Err(error) = inner.rewrite(state).await {
         // The files stay as they were; the next change tries again.
         tracing::warn!(pod_uid = state.uid, %error, "volume not updated");
+        let (pod, warning) = (state.pod(), EventType::Warning);
+        inner
+            .events
+            .pod_event(&pod, None, warning, error.reason(), error.to_string());
     }
 }
 

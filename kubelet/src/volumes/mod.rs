@@ -23,6 +23,7 @@ mod plan;
 mod tests;
 mod token;
 
+use crate::events::EventSink;
 use crate::launch::qos::pod_resources;
 use crate::launch::{LaunchContext, pod_namespace, pod_uid};
 use crate::objects::Objects;
@@ -110,6 +111,8 @@ pub struct VolumesConfig {
     pub root_dir: PathBuf,
     /// The node as launches see it, for resources in downward API volumes.
     pub context: Arc<ArcSwap<LaunchContext>>,
+    /// Events for users: what goes wrong while volumes are kept up to date.
+    pub events: EventSink,
 }
 
 /// The volumes of all pods. Cheap to clone; clones are the same.
@@ -132,6 +135,7 @@ struct Inner {
     context: Arc<ArcSwap<LaunchContext>>,
     objects: Arc<Objects>,
     client: Client,
+    events: EventSink,
     pods: Mutex<HashMap<String, Arc<PodState>>>,
     /// Pods that had volumes when this process began: their tokens may still be good.
     from_before: HashSet<String>,
@@ -174,6 +178,7 @@ impl Volumes {
             context: config.context,
             objects,
             client,
+            events: config.events,
             pods: Mutex::default(),
         });
         let live = Arc::new(Live::start(&inner));

@@ -2,6 +2,7 @@
 //! root directory of its own and takes its mounts down.
 
 use super::*;
+use crate::events::EventSink;
 use crate::launch::testing::pod;
 use crate::objects::testing::FakeApi;
 use serde_json::{Value, json};
@@ -38,6 +39,7 @@ impl Node {
         let config = VolumesConfig {
             root_dir: root.to_owned(),
             context: Arc::new(ArcSwap::from_pointee(context)),
+            events: EventSink::memory(),
         };
         let volumes = Volumes::new(config, objects.clone(), api.client()).unwrap();
         (objects, volumes)

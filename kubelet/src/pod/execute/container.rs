@@ -1,21 +1,27 @@
 //! Starts and kills of containers, with their hooks.
 
-use super::{Ended, Outcome, ending, engine_error};
+use super::{Ended, Outcome, Started, ending};
 use crate::events::{EventType, field_path};
-use crate::launch::ANNOTATION_HASH;
 use crate::launch::hash::container_hash;
+use crate::launch::{ANNOTATION_BACKOFF, ANNOTATION_HASH};
 use crate::observe::PodObservation;
 use crate::pod::environment::{PodEnvironment, StartContext, StepError};
-use crate::pod::hooks::{self, HookTarget};
-use crate::pod::plan::{KillContainer, StartContainer};
+use crate::pod::hooks::{self, HookTarget, Hooked};
+use crate::pod::plan::{KillContainer, PreStop, StartContainer};
 use crate::pod::spec;
+use crate::pod::state::CrashBackoff;
 use crate::pod::worker::{Worker, WorkerDeps};
 use k8s_openapi::api::core::v1::{Container, Pod};
-use runtime::service::{ContainerId, NamespaceMode, RuntimeErrorKind, RuntimeService, SandboxId};
+use runtime::service::{
+    ContainerConfig, ContainerId, ContainerState, NamespaceMode, RuntimeErrorKind, RuntimeService,
+    SandboxId,
+};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::broadcast;
 use tokio::task::AbortHandle;
+use tracing::debug;
 
 /// Every container gets this long between stop signal and SIGKILL, even with no grace at all: a
 /// process that ends on SIGTERM does so well within it.
@@ -40,20 +46,39 @@ pub(super) fn begin_start<R: RuntimeService, E: PodEnvironment>(
             image,
         });
     let target = target(&pod, &start.container, observed);
+    let backoff = start.predecessor_finished_ns.map(|finished_ns| {
+        let now_ns = deps.clock.now_ns();
+        // That of another definition does not count.
+        let hash = observed
+            .newest(&start.container)
+            .and_then(|c| c.config.annotations.get(ANNOTATION_HASH));
+        let spec = pod.spec.as_ref();
+        let found = spec.and_then(|s| spec::container(s, &start.container));
+        let same = found.is_some_and(|f| hash == Some(&container_hash(&f.spec)));
+        let before = worker.backoffs.get(&start.container).filter(|_| same);
+        CrashBackoff::after_restart(before, finished_ns, now_ns, deps.backoff)
+    });
     worker.actions.spawn(async move {
+        let mut started = Started::default();
         let result = match context {
-            Some(context) => start_container(&deps, &pod, &start, context, target).await,
+            Some(context) => {
+                let launch = Launch {
+                    deps: &deps,
+                    pod: &pod,
+                    start: &start,
+                    target,
+                    backoff,
+                };
+                launch.run(context, &mut started).await
+            }
             // The plan asks for both to be there first; asked again it will find them missing.
             None => Err(StepError::new(
                 "ContainerCreating",
                 "volumes or image are not there",
             )),
         };
-        let ended = Ended::Start {
-            container: start.container,
-            predecessor_finished_ns: start.predecessor_finished_ns,
-        };
-        Outcome::new(ended, result)
+        let container = start.container;
+        Outcome::new(Ended::Start { container, started }, result)
     })
 }
 
@@ -82,26 +107,30 @@ fn target(pod: &Pod, container: &str, observed: &PodObservation) -> Target {
     }
 }
 
-/// Stops an instance: preStop hook, stop signal, SIGKILL.
-pub(super) fn begin_kill<R: RuntimeService, E: PodEnvironment>(
+/// Runs the preStop hook of an instance, within what is left of its grace.
+pub(super) fn begin_pre_stop<R: RuntimeService, E: PodEnvironment>(
     worker: &mut Worker<R, E>,
-    kill: KillContainer,
+    hook: PreStop,
     observed: &PodObservation,
 ) -> AbortHandle {
     let (deps, pod) = (worker.deps.clone(), worker.pod.clone());
-    let notes = worker.steps.kills.entry(kill.id.clone()).or_default();
-    // A kill with a shorter grace does not run the hook again, nor wait for it.
-    let hook = !std::mem::replace(&mut notes.hooked, true);
-    let instance = observed.container(&kill.id);
+    let instance = observed.container(&hook.id);
     let pod_ips = instance.map(|c| pod_ips(&deps, &pod, observed, &c.sandbox_id));
     let pod_ip = pod_ips.and_then(|ips| ips.first().copied());
     worker.actions.spawn(async move {
-        let mut grace = Duration::from_secs(kill.grace_s);
-        if hook {
-            let spent = pre_stop(&deps, &pod, &kill, pod_ip).await;
-            grace = grace.saturating_sub(spent);
-        }
-        let grace = grace.max(MINIMUM_GRACE);
+        pre_stop(&deps, &pod, &hook, pod_ip).await;
+        Outcome::new(Ended::Hooked(hook.id), Ok(()))
+    })
+}
+
+/// Stops an instance: stop signal, SIGKILL.
+pub(super) fn begin_kill<R: RuntimeService, E: PodEnvironment>(
+    worker: &mut Worker<R, E>,
+    kill: KillContainer,
+) -> AbortHandle {
+    let deps = worker.deps.clone();
+    worker.actions.spawn(async move {
+        let grace = kill.grace.max(MINIMUM_GRACE);
         let result = ending(deps.runtime.stop_container(&kill.id, grace).await);
         Outcome::new(Ended::Killed(kill.id), result)
     })
@@ -130,159 +159,199 @@ fn pod_ips<R: RuntimeService, E: PodEnvironment>(
     sandbox.map(|s| s.ips.clone()).unwrap_or_default()
 }
 
-/// Creates and starts an instance. An entrypoint that cannot be run is no error here: the engine
-/// has recorded an instance that ended, and the restart policy decides.
-async fn start_container<R: RuntimeService, E: PodEnvironment>(
-    deps: &WorkerDeps<R, E>,
-    pod: &Arc<Pod>,
-    start: &StartContainer,
-    context: StartContext<E::Volumes, E::Image>,
+/// One start and all it needs.
+struct Launch<'a, R, E> {
+    deps: &'a WorkerDeps<R, E>,
+    pod: &'a Arc<Pod>,
+    start: &'a StartContainer,
     target: Target,
-) -> Result<(), StepError> {
-    let container = start.container.as_str();
-    let path = field_path(pod, container);
-    let event = |type_, reason: &str, text: String| {
-        deps.events.pod_event(pod, Some(&path), type_, reason, text);
-    };
-    let failed = |reason: &str, message: String| {
-        event(EventType::Warning, "Failed", format!("Error: {message}"));
-        StepError::new(reason, message)
-    };
-    let spec = pod
-        .spec
-        .as_ref()
-        .and_then(|s| spec::container(s, container));
-    let Some(spec) = spec else {
-        return Err(StepError::new(
-            "InvalidContainer",
-            format!("no container {container:?}"),
-        ));
-    };
-    if let Some(half_made) = &start.replaces {
-        let removed = deps.runtime.remove_container(half_made).await;
-        removed.map_err(|e| failed("CreateContainerError", e.message))?;
+    backoff: Option<CrashBackoff>,
+}
+
+impl<R: RuntimeService, E: PodEnvironment> Launch<'_, R, E> {
+    fn event(&self, type_: EventType, reason: &str, text: String) {
+        let path = field_path(self.pod, &self.start.container);
+        let events = &self.deps.events;
+        events.pod_event(self.pod, Some(&path), type_, reason, text);
     }
-    let pid = match target {
-        Target::None => None,
-        Target::Instance(id) => Some(NamespaceMode::Target(id)),
-        Target::Missing(name) => {
-            let message = format!("unable to find target container {name}");
-            return Err(failed("CreateContainerConfigError", message));
+
+    fn failed(&self, reason: &str, message: String) -> StepError {
+        self.event(EventType::Warning, "Failed", format!("Error: {message}"));
+        StepError::new(reason, message)
+    }
+
+    /// Creates and starts the instance. An entrypoint that cannot be run is no error here: the
+    /// engine has recorded an instance that ended, and the restart policy decides.
+    async fn run(
+        self,
+        context: StartContext<E::Volumes, E::Image>,
+        started: &mut Started,
+    ) -> Result<(), StepError> {
+        let name = self.start.container.as_str();
+        let spec = self.pod.spec.as_ref();
+        let Some(found) = spec.and_then(|s| spec::container(s, name)) else {
+            let message = format!("no container {name:?}");
+            return Err(StepError::new("InvalidContainer", message));
+        };
+        let runtime = &self.deps.runtime;
+        if let Some(half_made) = &self.start.replaces {
+            let removed = runtime.remove_container(half_made).await;
+            removed.map_err(|e| self.failed("CreateContainerError", e.message))?;
         }
-    };
-    let pod_ip = context.pod_ips.first().copied();
-    let config = deps
-        .environment
-        .container_config(pod, &spec.spec, context)
-        .await;
-    let mut config = config.inspect_err(|e| {
-        event(
-            EventType::Warning,
-            "Failed",
-            format!("Error: {}", e.message),
-        );
-    })?;
-    config.attempt = start.attempt;
-    config.pid = pid.or(config.pid);
-    config
-        .annotations
-        .insert(ANNOTATION_HASH.to_owned(), container_hash(&spec.spec));
-    let id = match deps.runtime.create_container(&start.sandbox, config).await {
-        Ok(id) => id,
-        Err(error) => return Err(failed("CreateContainerError", error.message)),
-    };
-    event(EventType::Normal, "Created", "Container created".to_owned());
-    match deps.runtime.start_container(&id).await {
-        Ok(()) => {
-            event(EventType::Normal, "Started", "Container started".to_owned());
-            post_start(deps, pod, &spec.spec, &id, pod_ip).await
+        let pod_ip = context.pod_ips.first().copied();
+        let config = self.config(&found.spec, context).await?;
+        let created = runtime.create_container(&self.start.sandbox, config).await;
+        let id = created.map_err(|e| self.failed("CreateContainerError", e.message))?;
+        self.event(EventType::Normal, "Created", "Container created".to_owned());
+        started.ran = true;
+        started.backoff = self.backoff;
+        match runtime.start_container(&id).await {
+            Ok(()) => {
+                self.event(EventType::Normal, "Started", "Container started".to_owned());
+                let hooked = self.post_start(&found.spec, &id, pod_ip).await;
+                hooked.inspect_err(|_| started.condemned = Some(id))
+            }
+            Err(error) => {
+                let step = self.failed("RunContainerError", error.message);
+                match error.kind {
+                    RuntimeErrorKind::StartFailed => Ok(()),
+                    RuntimeErrorKind::NotFound
+                    | RuntimeErrorKind::Invalid
+                    | RuntimeErrorKind::Network
+                    | RuntimeErrorKind::ImagePull
+                    | RuntimeErrorKind::Conflict
+                    | RuntimeErrorKind::Timeout
+                    | RuntimeErrorKind::System => Err(step),
+                }
+            }
         }
-        Err(error) => {
-            let step = failed("RunContainerError", error.message);
-            match error.kind {
-                RuntimeErrorKind::StartFailed => Ok(()),
-                RuntimeErrorKind::NotFound
-                | RuntimeErrorKind::Invalid
-                | RuntimeErrorKind::Network
-                | RuntimeErrorKind::ImagePull
-                | RuntimeErrorKind::Conflict
-                | RuntimeErrorKind::Timeout
-                | RuntimeErrorKind::System => Err(step),
+    }
+
+    /// What the instance shall be.
+    async fn config(
+        &self,
+        spec: &Container,
+        context: StartContext<E::Volumes, E::Image>,
+    ) -> Result<ContainerConfig, StepError> {
+        let pid = match &self.target {
+            Target::None => None,
+            Target::Instance(id) => Some(NamespaceMode::Target(id.clone())),
+            Target::Missing(name) => {
+                let message = format!("unable to find target container {name}");
+                return Err(self.failed("CreateContainerConfigError", message));
+            }
+        };
+        let environment = &self.deps.environment;
+        let config = environment.container_config(self.pod, spec, context).await;
+        let mut config = config.inspect_err(|e| {
+            let text = format!("Error: {}", e.message);
+            self.event(EventType::Warning, "Failed", text);
+        })?;
+        config.attempt = self.start.attempt;
+        config.pid = pid.or(config.pid);
+        let annotations = &mut config.annotations;
+        annotations.insert(ANNOTATION_HASH.to_owned(), container_hash(spec));
+        if let Some(backoff) = &self.backoff {
+            let delay = backoff.delay_ns().to_string();
+            annotations.insert(ANNOTATION_BACKOFF.to_owned(), delay);
+        }
+        Ok(config)
+    }
+
+    /// Runs the postStart hook. A container whose hook failed has to go; the restart policy
+    /// decides what follows. The event does not say what the hook said: it may hold secrets.
+    async fn post_start(
+        &self,
+        container: &Container,
+        id: &ContainerId,
+        pod_ip: Option<IpAddr>,
+    ) -> Result<(), StepError> {
+        let Some(hook) = hooks::post_start(container) else {
+            return Ok(());
+        };
+        let target = HookTarget {
+            pod: self.pod,
+            id,
+            container,
+            pod_ip,
+        };
+        let run = hooks::run(&self.deps.runtime, hook, target, None);
+        let hooked = tokio::select! {
+            hooked = run => hooked,
+            // Nobody is left to be hooked; its end speaks for itself.
+            () = until_ended(&*self.deps.runtime, id) => Ok(Hooked::Done),
+        };
+        match hooked {
+            Ok(hooked) => {
+                tell_fallback(self.deps, self.pod, hooked);
+                Ok(())
+            }
+            Err(message) => {
+                let text = "PostStartHook failed".to_owned();
+                self.event(EventType::Warning, "FailedPostStartHook", text);
+                Err(StepError {
+                    // Its end is what the next start waits for.
+                    retry_after: Some(Duration::ZERO),
+                    ..StepError::new("PostStartHookError", message)
+                })
             }
         }
     }
 }
 
-/// Runs the postStart hook. A container whose hook failed is killed; the restart policy decides.
-async fn post_start<R: RuntimeService, E: PodEnvironment>(
-    deps: &WorkerDeps<R, E>,
-    pod: &Arc<Pod>,
-    container: &Container,
-    id: &ContainerId,
-    pod_ip: Option<IpAddr>,
-) -> Result<(), StepError> {
-    let Some(hook) = hooks::post_start(container) else {
-        return Ok(());
-    };
-    let target = HookTarget {
-        id,
-        container,
-        pod_ip,
-    };
-    let Err(error) = hooks::run(&deps.runtime, hook, target, None).await else {
-        return Ok(());
-    };
-    let path = field_path(pod, &container.name);
-    let warning = EventType::Warning;
-    deps.events.pod_event(
-        pod,
-        Some(&path),
-        warning,
-        "FailedPostStartHook",
-        format!("PostStartHook failed: {error}"),
-    );
-    let grace = Duration::from_secs(spec::grace_seconds(pod)).max(MINIMUM_GRACE);
-    let stopped = deps.runtime.stop_container(id, grace).await;
-    stopped.map_err(|e| engine_error("PostStartHookError", &e))
+/// Resolves when an instance does not run any more.
+async fn until_ended<R: RuntimeService>(runtime: &R, id: &ContainerId) {
+    let mut news = runtime.events();
+    loop {
+        let state = runtime.container_status(id).map(|c| c.state);
+        if !matches!(state, Some(ContainerState::Running { .. })) {
+            return;
+        }
+        if let Err(broadcast::error::RecvError::Closed) = news.recv().await {
+            std::future::pending::<()>().await;
+        }
+    }
 }
 
-/// Runs the preStop hook within the grace; how long it took.
+/// Tells of a hook that went without TLS.
+fn tell_fallback<R, E>(deps: &WorkerDeps<R, E>, pod: &Pod, hooked: Hooked) {
+    if let Hooked::FellBack(host) = hooked {
+        let text = format!(
+            "request to HTTPS lifecycle hook {host} got HTTP response, retry with HTTP succeeded"
+        );
+        let warning = EventType::Warning;
+        deps.events
+            .pod_event(pod, None, warning, "LifecycleHTTPFallback", text);
+    }
+}
+
+/// Runs the preStop hook within the grace. One that takes longer is left alone.
 async fn pre_stop<R: RuntimeService, E: PodEnvironment>(
     deps: &WorkerDeps<R, E>,
     pod: &Arc<Pod>,
-    kill: &KillContainer,
+    action: &PreStop,
     pod_ip: Option<IpAddr>,
-) -> Duration {
-    let (id, container) = (&kill.id, kill.container.as_str());
-    let grace = Duration::from_secs(kill.grace_s);
-    let Some((spec, hook)) = hooks::pre_stop(pod, container).filter(|_| !grace.is_zero()) else {
-        return Duration::ZERO;
+) {
+    let Some((container, hook)) = hooks::pre_stop(pod, &action.container) else {
+        return;
     };
-    let began = tokio::time::Instant::now();
     let target = HookTarget {
-        id,
-        container: spec,
+        pod,
+        id: &action.id,
+        container,
         pod_ip,
     };
-    let run = hooks::run(&deps.runtime, hook, target, Some(grace));
-    let error = match tokio::time::timeout(grace, run).await {
-        Ok(Ok(())) => None,
-        Ok(Err(error)) => Some(error),
-        Err(_) => Some(format!(
-            "PreStop hook did not end within {} s",
-            grace.as_secs()
-        )),
-    };
-    if let Some(error) = error {
-        let path = field_path(pod, container);
-        let text = format!("PreStopHook failed: {error}");
-        deps.events.pod_event(
-            pod,
-            Some(&path),
-            EventType::Warning,
-            "FailedPreStopHook",
-            text,
-        );
+    let run = hooks::run(&deps.runtime, hook, target, Some(action.limit));
+    match tokio::time::timeout(action.limit, run).await {
+        Ok(Ok(hooked)) => tell_fallback(deps, pod, hooked),
+        Ok(Err(message)) => {
+            debug!(container = action.container, message, "PreStop hook failed");
+            let path = field_path(pod, &action.container);
+            let text = "PreStopHook failed";
+            let warning = EventType::Warning;
+            deps.events
+                .pod_event(pod, Some(&path), warning, "FailedPreStopHook", text);
+        }
+        Err(_) => debug!(container = action.container, "PreStop hook took too long"),
     }
-    began.elapsed()
 }

@@ -7,7 +7,7 @@ mod settle;
 use super::environment::{PodEnvironment, StepError};
 use super::plan::Action;
 use super::spec;
-use super::state::{Step, Steps};
+use super::state::{CrashBackoff, Step, Steps};
 use super::worker::{Worker, WorkerDeps};
 use crate::observe::PodObservation;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
@@ -38,9 +38,11 @@ pub(super) enum Ended<E: PodEnvironment> {
     Start {
         /// Container name.
         container: String,
-        /// End of the instance before.
-        predecessor_finished_ns: Option<i64>,
+        /// What came of it.
+        started: Started,
     },
+    /// The preStop hook of a container is through.
+    Hooked(ContainerId),
     /// A container is stopped.
     Killed(ContainerId),
     /// A dead instance is forgotten.
@@ -51,6 +53,18 @@ pub(super) enum Ended<E: PodEnvironment> {
     Purged,
     /// The apiserver confirmed the deletion.
     Farewell,
+}
+
+/// What came of a start.
+#[derive(Debug, Default)]
+pub(super) struct Started {
+    /// The back-off its instance was started with, when there was one before it and it got as
+    /// far as being started.
+    pub(super) backoff: Option<CrashBackoff>,
+    /// An instance that must go: its postStart hook failed.
+    pub(super) condemned: Option<ContainerId>,
+    /// An instance got as far as being started.
+    pub(super) ran: bool,
 }
 
 /// An action that ended, and how.
@@ -78,7 +92,7 @@ fn step<'a>(steps: &'a mut Steps, action: &Action) -> Option<&'a mut Step> {
         Action::Teardown => &mut steps.teardown,
         Action::Purge => &mut steps.purge,
         Action::Farewell => &mut steps.farewell,
-        Action::KillContainer(_) => return None,
+        Action::KillContainer(_) | Action::PreStop(_) => return None,
     })
 }
 
@@ -132,7 +146,8 @@ pub(super) fn begin<R: RuntimeService, E: PodEnvironment>(
             })
         }
         Action::StartContainer(start) => container::begin_start(worker, start, observed),
-        Action::KillContainer(kill) => container::begin_kill(worker, kill, observed),
+        Action::PreStop(hook) => container::begin_pre_stop(worker, hook, observed),
+        Action::KillContainer(kill) => container::begin_kill(worker, kill),
     }
 }
 

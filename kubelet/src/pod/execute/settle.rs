@@ -3,16 +3,15 @@
 use super::{Ended, Outcome};
 use crate::events::EventType;
 use crate::pod::environment::{PodEnvironment, StepError};
-use crate::pod::state::{CrashBackoff, Failure, Step, retry_delay_ns};
-use crate::pod::worker::{Worker, nanoseconds};
-use jiff::Timestamp;
+use crate::pod::state::{Failure, Step, UnhealthyKind, retry_delay_ns};
+use crate::pod::worker::Worker;
 use runtime::service::RuntimeService;
 use tracing::{debug, warn};
 
 impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
     /// Notes how an action ended.
     pub(in crate::pod) fn settle(&mut self, outcome: Outcome<E>) {
-        let now_ns = nanoseconds(Timestamp::now());
+        let now_ns = self.deps.clock.now_ns();
         let Outcome { ended, result } = outcome;
         if let Err(error) = &result {
             self.complain(&ended, error);
@@ -45,23 +44,27 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
                     self.images.insert(container, image);
                 }
             }
-            Ended::Start {
-                container,
-                predecessor_finished_ns,
-            } => {
+            Ended::Start { container, started } => {
                 finish(
                     steps.starts.entry(container.clone()).or_default(),
                     Step::Idle,
                 );
-                if ok {
+                if ok || started.ran {
                     // The next start asks for the image again, as the pull policy wants.
                     steps.images.remove(&container);
-                    if let Some(finished_ns) = predecessor_finished_ns {
-                        let before = self.backoffs.get(&container);
-                        let after = CrashBackoff::after_restart(before, finished_ns, now_ns);
-                        self.backoffs.insert(container, after);
-                    }
                 }
+                if let Some(id) = started.condemned {
+                    self.health.unhealthy.insert(id, UnhealthyKind::PostStart);
+                }
+                if let Some(backoff) = started.backoff {
+                    self.backoffs.insert(container, backoff);
+                }
+            }
+            Ended::Hooked(id) => {
+                if let Some(kill) = steps.kills.get_mut(&id) {
+                    kill.hook = Step::Done;
+                }
+                self.keep_note();
             }
             Ended::Killed(id) => {
                 if let Some(kill) = steps.kills.get_mut(&id) {
@@ -113,7 +116,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
                     "Step of the pod's end failed"
                 );
             }
-            Ended::VolumesUpdated | Ended::Farewell => {}
+            Ended::VolumesUpdated | Ended::Farewell | Ended::Hooked(_) => {}
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Ending a pod: kill, give back, tell, forget.
 
-use super::{Action, KillContainer, KillReason, PlanInput, PodPlan};
+use super::kill::{self, Doom};
+use super::{Action, KillReason, PlanInput, PodPlan};
 use crate::observe;
 use crate::pod::spec::{self, ContainerKind};
 use crate::pod::state::{Cause, Lifecycle, Step, Terminating};
@@ -13,7 +14,7 @@ pub(super) fn plan(input: &PlanInput<'_>, ending: &Terminating) -> PodPlan {
         ..PodPlan::default()
     };
     let starting = input.steps.starts.values().any(Step::is_running);
-    let kills = kill(input, ending, &mut plan);
+    let kills = end_containers(input, ending, &mut plan);
     if kills || starting || input.steps.sandbox.is_running() {
         return plan;
     }
@@ -29,41 +30,35 @@ pub(super) fn plan(input: &PlanInput<'_>, ending: &Terminating) -> PodPlan {
     plan
 }
 
-/// Kills main and init containers side by side, then sidecars in reverse order. Returns whether
-/// any process is left.
-fn kill(input: &PlanInput<'_>, ending: &Terminating, plan: &mut PodPlan) -> bool {
-    let sidecar_rank = |c: &ContainerStatus| {
+/// Ends all containers: their hooks at once, side by side; then main and init containers, and
+/// each sidecar when all main containers and all later sidecars are gone. Returns whether any
+/// process is left.
+fn end_containers(input: &PlanInput<'_>, ending: &Terminating, plan: &mut PodPlan) -> bool {
+    let place = |c: &ContainerStatus| {
         let spec = input.spec()?;
         spec::containers(spec)
             .enumerate()
-            .find(|(_, s)| s.spec.name == c.config.name && s.kind == ContainerKind::Sidecar)
-            .map(|(index, _)| index)
+            .find(|(_, s)| s.spec.name == c.config.name)
+            .map(|(index, s)| (s.kind, index))
     };
-    let alive: Vec<_> = input.observed.running().collect();
-    // No rank sorts lowest: with a main container alive, sidecars wait.
-    let mains_alive = alive.iter().any(|c| sidecar_rank(c).is_none());
-    let last = alive.iter().filter_map(|c| sidecar_rank(c)).max();
-    for container in &alive {
-        let rank = sidecar_rank(container);
-        let turn = if mains_alive {
-            rank.is_none()
-        } else {
-            rank == last
+    let alive: Vec<_> = input.observed.running().map(|c| (c, place(c))).collect();
+    // Who comes later in the spec and is awaited: main containers and sidecars.
+    let awaited = alive.iter().filter_map(|(_, place)| *place);
+    let last = awaited
+        .filter(|(kind, _)| matches!(kind, ContainerKind::Main | ContainerKind::Sidecar))
+        .map(|(_, index)| index)
+        .max();
+    for (container, place) in &alive {
+        let turn = match place {
+            Some((ContainerKind::Sidecar, index)) => last == Some(*index),
+            Some(_) | None => true,
         };
-        if !turn {
-            continue;
-        }
-        let kill = input.steps.kills.get(&container.id);
-        let shorter = kill.is_some_and(|k| k.step.is_running() && ending.grace_s < k.grace_s);
-        if shorter || kill.is_none_or(|k| k.step.is_due(input.now_ns)) {
-            plan.actions.push(Action::KillContainer(KillContainer {
-                id: container.id.clone(),
-                container: container.config.name.clone(),
-                grace_s: ending.grace_s,
-                reason: KillReason::PodEnds,
-            }));
-        }
-        plan.wake_at(kill.and_then(|k| k.step.retry_at_ns()));
+        let doom = Doom {
+            deadline_ns: ending.deadline_ns,
+            reason: KillReason::PodEnds,
+            turn,
+        };
+        kill::kill(input, container, doom, plan);
     }
     !alive.is_empty()
 }

@@ -7,6 +7,7 @@
 
 mod end;
 mod keep;
+pub mod kill;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -17,6 +18,7 @@ use crate::pod::state::{Cause, CrashBackoff, Health, Lifecycle, Steps, Terminati
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use runtime::service::{ContainerId, SandboxId};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// All a plan depends on.
 #[derive(Debug, Clone, Copy)]
@@ -91,6 +93,8 @@ pub enum KillReason {
     Startup,
     /// Its image changed in the spec.
     SpecChanged,
+    /// Its postStart hook failed.
+    PostStart,
 }
 
 /// One thing to do. Each is idempotent.
@@ -114,6 +118,8 @@ pub enum Action {
     },
     /// Create and start an instance.
     StartContainer(StartContainer),
+    /// Run the preStop hook of an instance that will be stopped.
+    PreStop(PreStop),
     /// Stop an instance.
     KillContainer(KillContainer),
     /// Forget a dead instance.
@@ -141,6 +147,21 @@ pub struct StartContainer {
     pub predecessor_finished_ns: Option<i64>,
 }
 
+/// A hook: see [`Action::PreStop`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PreStop {
+    /// Instance.
+    pub id: ContainerId,
+    /// Container name.
+    pub container: String,
+    /// When SIGKILL is due, nanoseconds since the epoch.
+    pub deadline_ns: i64,
+    /// What is left until then.
+    pub limit: Duration,
+    /// Why it will be stopped.
+    pub reason: KillReason,
+}
+
 /// A kill: see [`Action::KillContainer`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KillContainer {
@@ -148,8 +169,10 @@ pub struct KillContainer {
     pub id: ContainerId,
     /// Container name.
     pub container: String,
-    /// Seconds between the stop signal and SIGKILL.
-    pub grace_s: u64,
+    /// When SIGKILL is due, nanoseconds since the epoch.
+    pub deadline_ns: i64,
+    /// What is left until then.
+    pub grace: Duration,
     /// Why.
     pub reason: KillReason,
 }
@@ -178,18 +201,28 @@ fn advance(input: &PlanInput<'_>) -> Lifecycle {
                 Lifecycle::Terminating(Terminating {
                     cause: Cause::Deleted,
                     grace_s,
+                    deadline_ns: kill::deadline_ns(input.now_ns, grace_s),
                 })
             } else if let Some(cause) = overdue(input).or_else(|| sync::verdict(input)) {
                 let grace_s = spec::grace_seconds(input.pod);
-                Lifecycle::Terminating(Terminating { cause, grace_s })
+                Lifecycle::Terminating(Terminating {
+                    cause,
+                    grace_s,
+                    deadline_ns: kill::deadline_ns(input.now_ns, grace_s),
+                })
             } else {
                 Lifecycle::Syncing
             }
         }
-        Lifecycle::Terminating(ending) => Lifecycle::Terminating(Terminating {
-            cause: ending.cause.clone(),
-            grace_s: deletion.map_or(ending.grace_s, |d| d.min(ending.grace_s)),
-        }),
+        Lifecycle::Terminating(ending) => {
+            let mut ending = ending.clone();
+            if let Some(shorter) = deletion.filter(|d| *d < ending.grace_s) {
+                ending.grace_s = shorter;
+                let from_now = kill::deadline_ns(input.now_ns, shorter);
+                ending.deadline_ns = ending.deadline_ns.min(from_now);
+            }
+            Lifecycle::Terminating(ending)
+        }
         Lifecycle::Terminated(cause) => Lifecycle::Terminated(cause.clone()),
         Lifecycle::Finished => Lifecycle::Finished,
     }

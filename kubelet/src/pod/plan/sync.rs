@@ -1,9 +1,11 @@
 //! A pod that shall run: which containers start, wait, or are replaced.
 
-use super::{Action, KillContainer, KillReason, PlanInput, PodPlan, StartContainer, Waiting};
+use super::kill::{self, Doom};
+use super::{Action, KillReason, PlanInput, PodPlan, StartContainer, Waiting};
 use crate::launch::ANNOTATION_HASH;
 use crate::launch::hash::container_hash;
 use crate::observe;
+use crate::pod::hooks;
 use crate::pod::spec::{self, ContainerKind, ContainerRef};
 use crate::pod::state::{Cause, CrashBackoff, Lifecycle, Step, UnhealthyKind};
 use k8s_openapi::api::core::v1::PodSpec;
@@ -115,31 +117,27 @@ fn replace_unfit(input: &PlanInput<'_>, spec: &PodSpec, plan: &mut PodPlan) {
         else {
             continue;
         };
-        let probe = input.health.unhealthy.get(&instance.id);
-        let reason = match probe {
+        let reason = match input.health.unhealthy.get(&instance.id) {
             Some(UnhealthyKind::Liveness) => KillReason::Liveness,
             Some(UnhealthyKind::Startup) => KillReason::Startup,
+            Some(UnhealthyKind::PostStart) => KillReason::PostStart,
             None if is_outdated(container, instance) => KillReason::SpecChanged,
             None => continue,
         };
-        let kill = input.steps.kills.get(&instance.id);
-        plan.wake_at(kill.and_then(|k| k.step.retry_at_ns()));
-        if kill.is_some_and(|k| !k.step.is_due(input.now_ns)) {
-            continue;
-        }
         let probe_grace = match reason {
             KillReason::Liveness => container.spec.liveness_probe.as_ref(),
             KillReason::Startup => container.spec.startup_probe.as_ref(),
-            KillReason::SpecChanged | KillReason::PodEnds => None,
+            KillReason::SpecChanged | KillReason::PodEnds | KillReason::PostStart => None,
         }
         .and_then(|p| p.termination_grace_period_seconds)
         .and_then(|s| u64::try_from(s).ok());
-        plan.actions.push(Action::KillContainer(KillContainer {
-            id: instance.id.clone(),
-            container: container.spec.name.clone(),
-            grace_s: probe_grace.unwrap_or_else(|| spec::grace_seconds(input.pod)),
+        let grace_s = probe_grace.unwrap_or_else(|| spec::grace_seconds(input.pod));
+        let doom = Doom {
+            deadline_ns: kill::deadline_ns(input.now_ns, grace_s),
             reason,
-        }));
+            turn: true,
+        };
+        kill::kill(input, instance, doom, plan);
     }
 }
 
@@ -164,6 +162,8 @@ fn wanted<'a>(
     });
     let mut wanted = Vec::new();
     let mut blocked = false;
+    // Main containers wait for nobody but for the postStart hooks of those before them.
+    let mut held = false;
     for container in spec::containers(spec) {
         let name = &container.spec.name;
         let newest = input.observed.newest(name);
@@ -197,13 +197,29 @@ fn wanted<'a>(
                 if blocked {
                     continue;
                 }
-                wanted.extend(want(input, spec, container, current, newest, plan));
+                let next = want(input, spec, container, current, newest, plan);
+                let next = next.filter(|_| !held);
+                held |= holds(input, container, next.is_some());
+                wanted.extend(next);
             }
             // See [`ephemeral`].
             ContainerKind::Ephemeral => {}
         }
     }
     wanted
+}
+
+/// Whether the main containers after this one have to wait until its postStart hook is through:
+/// it is being started, or is about to be. One that cannot be started holds nobody.
+fn holds(input: &PlanInput<'_>, container: ContainerRef<'_>, wanted: bool) -> bool {
+    let name = &container.spec.name;
+    let (start, image) = (input.steps.starts.get(name), input.steps.images.get(name));
+    let failing = [start, image]
+        .iter()
+        .flatten()
+        .any(|s| s.failure().is_some());
+    hooks::post_start(container.spec).is_some()
+        && (start.is_some_and(Step::is_running) || wanted && !failing)
 }
 
 /// Ephemeral containers that never had an instance. They wait for nobody and run once: one that
@@ -280,7 +296,9 @@ fn want<'a>(
             if !again && !spec::should_restart(spec, container, *exit_code) {
                 return None;
             }
+            // Another definition begins anew.
             let backoff = input.backoffs.get(name);
+            let backoff = backoff.filter(|_| !is_outdated(container, newest));
             let wait = CrashBackoff::wait_until(backoff, *finished_at_ns, input.now_ns);
             if let (Some(until_ns), Some(backoff)) = (wait, backoff) {
                 plan.wake_at(Some(until_ns));

@@ -37,7 +37,11 @@ impl Case {
     }
 
     fn ending(mut self, cause: Cause, grace_s: u64) -> Self {
-        self.lifecycle = Lifecycle::Terminating(Terminating { cause, grace_s });
+        self.lifecycle = Lifecycle::Terminating(Terminating {
+            cause,
+            grace_s,
+            deadline_ns: kill::deadline_ns(self.now_s * SECOND_NS, grace_s),
+        });
         self
     }
 
@@ -85,18 +89,24 @@ fn word(action: &Action) -> String {
                 .unwrap_or_default();
             format!("start {container} {attempt} in {sandbox}{replaces}")
         }
-        Action::KillContainer(KillContainer {
-            id,
-            grace_s,
-            reason,
-            ..
-        }) => {
-            format!("kill {id} {grace_s}s {reason:?}")
+        Action::PreStop(hook) => format!("hook {} {}s", hook.id, hook.limit.as_secs()),
+        Action::KillContainer(kill) => {
+            let KillContainer { id, reason, .. } = kill;
+            format!("kill {id} {}s {reason:?}", kill.grace.as_secs())
         }
         Action::RemoveContainer(id) => format!("remove {id}"),
         Action::Teardown => "teardown".to_owned(),
         Action::Purge => "purge".to_owned(),
         Action::Farewell => "farewell".to_owned(),
+    }
+}
+
+/// A stop signal on its way, with SIGKILL due at this second.
+fn killing(deadline_s: i64) -> Kill {
+    Kill {
+        deadline_ns: deadline_s * SECOND_NS,
+        step: Step::Running { before: None },
+        ..Kill::default()
     }
 }
 
@@ -226,7 +236,7 @@ fn a_dead_container_runs_again_or_not_by_policy_and_exit_code() {
 fn a_crash_loop_waits_and_says_why() {
     let dead = container("a", 0, 1, exited(1, 95));
     let mut case = Case::new(simple("Always"), observed(vec![dead]));
-    let backoff = CrashBackoff::after_restart(None, 90 * SECOND_NS, 90 * SECOND_NS);
+    let backoff = CrashBackoff::recorded(10 * SECOND_NS, 90 * SECOND_NS);
     case.backoffs.insert("a".to_owned(), backoff);
     let plan = case.expect(&[]);
     assert_eq!(plan.wake_at_ns, Some(105 * SECOND_NS));
@@ -280,14 +290,7 @@ fn a_new_image_or_a_failed_probe_kills_the_running_instance() {
     newer.spec.as_mut().unwrap().containers[0].image = Some("a:2".to_owned());
     let mut case = Case::new(newer, observed(vec![a.clone()]));
     case.expect(&["kill a-0 30s SpecChanged"]);
-    case.steps.kills.insert(
-        a.id.clone(),
-        Kill {
-            grace_s: 30,
-            step: Step::Running { before: None },
-            hooked: true,
-        },
-    );
+    case.steps.kills.insert(a.id.clone(), killing(130));
     case.expect(&[]);
 
     let mut probed = simple("Always");
@@ -354,17 +357,12 @@ fn deletion_kills_and_a_shorter_grace_kills_again_but_a_longer_one_never() {
     let mut case = Case::new(deleting(simple("Always"), 30), observed(vec![a.clone()]));
     let plan = case.expect(&["kill a-0 30s PodEnds"]);
     case.lifecycle = plan.lifecycle;
-    let kill = |grace_s| Kill {
-        grace_s,
-        step: Step::Running { before: None },
-        hooked: true,
-    };
-    case.steps.kills.insert(a.id.clone(), kill(30));
+    case.steps.kills.insert(a.id.clone(), killing(130));
     case.expect(&[]);
     case.pod = deleting(simple("Always"), 0);
     let plan = case.expect(&["kill a-0 0s PodEnds"]);
     case.lifecycle = plan.lifecycle;
-    case.steps.kills.insert(a.id, kill(0));
+    case.steps.kills.insert(a.id, killing(100));
     case.pod = deleting(simple("Always"), 60);
     let plan = case.expect(&[]);
     assert!(matches!(
@@ -497,7 +495,7 @@ fn an_ephemeral_container_waits_for_no_init_container() {
         observed(vec![container("i", 0, 0, running())]),
     );
     case.steps.images.insert("e".to_owned(), Step::Done);
-    case.expect(&["image a", "start e 0 in s0"]);
+    case.expect(&["start e 0 in s0"]);
 }
 
 #[test]
@@ -531,4 +529,126 @@ fn an_ephemeral_container_ends_with_its_pod_and_does_not_keep_it() {
         container("e", 0, 0, running()),
     ];
     Case::new(pod, observed(containers)).expect(&["kill e-0 30s PodEnds"]);
+}
+
+fn with_hooks() -> Pod {
+    let hook = json!({"preStop": {"sleep": {"seconds": 5}}});
+    pod(json!({"initContainers": [
+            {"name": "s", "image": "s:1", "restartPolicy": "Always", "lifecycle": hook}],
+        "containers": [{"name": "a", "image": "a:1", "lifecycle": hook}, {"name": "b", "image": "b:1"}]}))
+}
+
+#[test]
+fn all_hooks_begin_with_the_ending_and_take_from_the_grace() {
+    let all = ["s", "a", "b"].map(|n| container(n, 0, 0, running()));
+    let mut case = Case::new(deleting(with_hooks(), 30), observed(all.to_vec()));
+    let plan = case.expect(&["hook s-0 30s", "hook a-0 30s", "kill b-0 30s PodEnds"]);
+    case.lifecycle = plan.lifecycle;
+    let hook = |step| Kill {
+        deadline_ns: 130 * SECOND_NS,
+        hook: step,
+        ..Kill::default()
+    };
+    let id = |n: &str| runtime::service::ContainerId(format!("{n}-0"));
+    case.steps.kills = [
+        (id("s"), hook(Step::Running { before: None })),
+        (id("a"), hook(Step::Running { before: None })),
+        (id("b"), killing(130)),
+    ]
+    .into();
+    assert_eq!(case.expect(&[]).wake_at_ns, Some(130 * SECOND_NS));
+    // Both hooks took 5 s; the sidecar still waits for the main containers.
+    case.now_s = 105;
+    case.steps.kills.insert(id("s"), hook(Step::Done));
+    case.steps.kills.insert(id("a"), hook(Step::Done));
+    case.expect(&["kill a-0 25s PodEnds"]);
+    case.steps.kills.insert(id("a"), killing(130));
+    case.expect(&[]);
+    // Waits end with the grace.
+    case.now_s = 130;
+    case.expect(&["kill s-0 0s PodEnds"]);
+    case.now_s = 110;
+    let ended = ["a", "b"].map(|n| container(n, 0, 0, exited(0, 109)));
+    let s = container("s", 0, 0, running());
+    case.observed = observed([vec![s], ended.to_vec()].concat());
+    case.expect(&["kill s-0 20s PodEnds"]);
+}
+
+#[test]
+fn without_grace_no_hook_runs_and_nobody_waits() {
+    let all = ["s", "a"].map(|n| container(n, 0, 0, running()));
+    Case::new(deleting(with_hooks(), 0), observed(all.to_vec()))
+        .expect(&["kill s-0 0s PodEnds", "kill a-0 0s PodEnds"]);
+}
+
+#[test]
+fn a_main_container_waits_for_the_post_start_hooks_before_it() {
+    let spec = pod(json!({"containers": [
+        {"name": "a", "image": "a:1", "lifecycle": {"postStart": {"sleep": {"seconds": 5}}}},
+        {"name": "b", "image": "b:1"}]}));
+    let mut case = Case::new(spec, observed(vec![]));
+    case.expect(&["start a 0 in s0"]);
+    case.steps
+        .starts
+        .insert("a".to_owned(), Step::Running { before: None });
+    case.observed = observed(vec![container("a", 0, 0, running())]);
+    case.expect(&[]);
+    case.steps.starts.insert("a".to_owned(), Step::Idle);
+    case.expect(&["start b 0 in s0"]);
+    // One that cannot be started holds nobody.
+    case.observed = observed(vec![]);
+    let failure = Failure {
+        reason: "ErrImagePull".to_owned(),
+        message: String::new(),
+        retry_at_ns: i64::MAX,
+        failures: 1,
+    };
+    case.steps
+        .images
+        .insert("a".to_owned(), Step::Failed(failure));
+    case.expect(&["start b 0 in s0"]);
+}
+
+#[test]
+fn a_failed_post_start_hook_kills_and_the_next_start_follows_the_policy() {
+    let a = container("a", 0, 0, running());
+    let mut case = Case::new(simple("Always"), observed(vec![a.clone()]));
+    case.health.unhealthy.insert(a.id, UnhealthyKind::PostStart);
+    case.expect(&["kill a-0 30s PostStart"]);
+}
+
+#[test]
+fn kills_are_told_in_the_words_people_know() {
+    let words = |pod: &Pod, name, reason| kill::words(pod, name, reason);
+    let always = with_hooks();
+    let never = simple("Never");
+    for (pod, name, reason, text) in [
+        (&always, "a", KillReason::PodEnds, "Stopping container a"),
+        (
+            &always,
+            "a",
+            KillReason::Liveness,
+            "Container a failed liveness probe, will be restarted",
+        ),
+        (
+            &always,
+            "s",
+            KillReason::Startup,
+            "Init container s failed startup probe",
+        ),
+        (
+            &never,
+            "a",
+            KillReason::Liveness,
+            "Container a failed liveness probe",
+        ),
+        (
+            &never,
+            "a",
+            KillReason::SpecChanged,
+            "Container a definition changed, will be restarted",
+        ),
+    ] {
+        assert_eq!(words(pod, name, reason), text);
+    }
 }
