@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! task        reads                                   writes
-//! source      apiserver watch                         changes -> manager
+//! source      apiserver watch, manifests              changes -> manager
+//! mirrors     static pods and their mirrors           apiserver
 //! manager     changes, engine news, verdicts          workers (one task per pod)
 //! publisher   statuses left by workers                apiserver
 //! events      events left by everybody                apiserver
@@ -16,7 +17,7 @@
 //! engine), so that workers never see half a truth. The end (SIGTERM) cancels every task and
 //! touches no container.
 
-use crate::api::{Clients, connect_when_possible};
+use crate::api::{self, Clients, Opened};
 use crate::config::Config;
 use crate::events::{EventPace, EventSink};
 use crate::images::ImagePuller;
@@ -27,11 +28,14 @@ use crate::pod::clock::Clock;
 use crate::pod::index::PodIndex;
 use crate::pod::launcher::{Burstable, NodeClient, NodeEnvironment};
 use crate::pod::manager::{Heartbeat, Inputs, Manager};
+use crate::pod::mirror::{Keeper, Mirrors};
 use crate::pod::state::BackoffLimits;
 use crate::pod::worker::WorkerDeps;
 use crate::probes::Probes;
 use crate::server::{self, Server, auth::Auth};
-use crate::source;
+use crate::source::file::FileSettings;
+use crate::source::http::HttpSettings;
+use crate::source::{self, PodChange, Source};
 use crate::status::publish::{KubeStatusApi, StatusPublisher};
 use crate::volumes::{Volumes, VolumesConfig};
 use runtime::Engine;
@@ -49,6 +53,9 @@ use tracing::{info, warn};
 
 /// Verdicts of probes waiting for the manager; probes wait when it is full.
 const VERDICTS: usize = 256;
+/// How long the apiserver's pods wait for the first look at the manifests, which takes
+/// milliseconds.
+const FIRST_LOOK: Duration = Duration::from_secs(2);
 /// How long tasks may take to end after SIGTERM. All are cancelled at their next await.
 const SHUTDOWN: Duration = Duration::from_secs(5);
 
@@ -88,7 +95,7 @@ pub enum AgentError {
 ///
 /// # Errors
 /// See [`AgentError`]. An apiserver that cannot be reached or a certificate that is not there yet
-/// is waited for.
+/// is waited for; static pods run meanwhile.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentError> {
     let config = Arc::new(config);
     let engine = Engine::open(engine_config(&config))
@@ -97,12 +104,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
             root: config.runtime_root.display().to_string(),
             message: e.message,
         })?;
-    let Some(clients) = connect_when_possible(&config, &stop).await else {
-        return Ok(());
-    };
-    Agent::new(config, clients, Arc::new(engine), stop)
-        .run()
-        .await
+    let Opened { clients, waiting } = api::open(&config);
+    let agent = Agent::new(config.clone(), clients, Arc::new(engine), stop.clone());
+    if let Some(waiting) = waiting {
+        agent.tracker.spawn(waiting.run(config, stop));
+    }
+    agent.run().await
 }
 
 /// The engine's part of the configuration.
@@ -185,12 +192,16 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             burst: self.config.event_burst,
         };
         let (events, poster) = EventSink::new(&self.config.node_name, pace);
-        self.tracker
-            .spawn(poster.run(self.clients.main.clone(), self.stop.clone()));
-
         let index = PodIndex::new();
-        self.start_pods(context, &events, &index)?;
-        self.tracker.spawn(node.run(self.stop.clone()));
+        self.start_pods(context, &events, &index, &handle)?;
+        if self.config.is_standalone() {
+            info!("Standalone: only static pods are run, no Node is registered");
+            self.tracker.spawn(poster.log(self.stop.clone()));
+        } else {
+            let client = self.clients.main.clone();
+            self.tracker.spawn(poster.run(client, self.stop.clone()));
+            self.tracker.spawn(node.run(self.stop.clone()));
+        }
         let ended = self.serve(index).await;
 
         self.stop.cancel();
@@ -211,6 +222,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         context: LaunchContext,
         events: &EventSink,
         index: &PodIndex,
+        node: &NodeHandle,
     ) -> Result<(), AgentError> {
         let client = self.clients.main.clone();
         let objects = Arc::new(Objects::new(client.clone()));
@@ -248,6 +260,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         let publisher = StatusPublisher::default();
         let publish = publisher.task(KubeStatusApi::new(client.clone()));
         self.tracker.spawn(publish.run(self.stop.clone()));
+        let mirrors = Mirrors::new(publisher.clone(), index.clone());
         let deps = Arc::new(WorkerDeps {
             runtime: self.runtime.clone(),
             environment,
@@ -266,18 +279,73 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             objects: retries,
             heartbeat: Arc::clone(&self.heartbeat),
         };
-        self.tracker
-            .spawn(Manager::new(deps).run(inputs, self.stop.clone()));
+        let manager = Manager::with_sources(deps, self.sources(), mirrors.clone());
+        self.tracker.spawn(manager.run(inputs, self.stop.clone()));
         self.tracker
             .spawn(follow_objects(objects, retry, self.stop.clone()));
-        let node = self.config.node_name.clone();
-        self.tracker.spawn(source::apiserver::run(
-            client,
-            node,
-            changes_tx,
-            self.stop.clone(),
-        ));
+        self.start_sources(&changes_tx, events);
+        if !self.config.is_standalone() {
+            let keeper = Keeper::new(mirrors, client, node.clone());
+            self.tracker.spawn(keeper.run(self.stop.clone()));
+        }
         Ok(())
+    }
+
+    /// Where pods come from, as configured.
+    fn sources(&self) -> Vec<Source> {
+        let config = &self.config;
+        [
+            (Source::Api, !config.is_standalone()),
+            (Source::File, !config.static_pod_path.as_os_str().is_empty()),
+            (Source::Http, !config.static_pod_url.is_empty()),
+        ]
+        .into_iter()
+        .filter_map(|(source, used)| used.then_some(source))
+        .collect()
+    }
+
+    /// Starts the sources. The directory is looked at before the apiserver is asked: when a node
+    /// comes up, its own pods are admitted first.
+    fn start_sources(&self, changes: &mpsc::Sender<PodChange>, events: &EventSink) {
+        let (config, stop) = (&self.config, &self.stop);
+        let looked = CancellationToken::new();
+        for source in self.sources() {
+            let (changes, stop, node) = (changes.clone(), stop.clone(), config.node_name.clone());
+            match source {
+                Source::Api => {
+                    let (client, looked) = (self.clients.main.clone(), looked.clone());
+                    self.tracker.spawn(async move {
+                        let _ = tokio::time::timeout(FIRST_LOOK, looked.cancelled()).await;
+                        source::apiserver::run(client, node, changes, stop).await;
+                    });
+                }
+                Source::File => {
+                    let settings = FileSettings {
+                        path: config.static_pod_path.clone(),
+                        node,
+                        check: config.file_check_frequency,
+                        looked: looked.clone(),
+                    };
+                    let events = events.clone();
+                    self.tracker
+                        .spawn(source::file::run(settings, events, changes, stop));
+                }
+                Source::Http => {
+                    let settings = HttpSettings {
+                        url: config.static_pod_url.clone(),
+                        headers: config.static_pod_url_headers.clone(),
+                        node,
+                        check: config.http_check_frequency,
+                    };
+                    let events = events.clone();
+                    self.tracker
+                        .spawn(source::http::run(settings, events, changes, stop));
+                }
+            }
+        }
+        if config.static_pod_path.as_os_str().is_empty() {
+            looked.cancel();
+        }
     }
 
     /// Serves until stopped, or until a listener fails.

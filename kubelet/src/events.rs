@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 /// Events waiting for the poster. A hundred pods make about five hundred events at start.
 const QUEUE: usize = 2048;
@@ -272,6 +272,26 @@ impl EventPoster {
         self.whole_at = self.whole_at.max(now) + each;
         let ahead = self.whole_at - now;
         ahead.saturating_sub(each * self.pace.burst.max(1))
+    }
+}
+
+impl EventPoster {
+    /// Writes events to the log until cancelled: for a node without an apiserver.
+    pub async fn log(mut self, cancel: CancellationToken) {
+        loop {
+            let next = tokio::select! {
+                () = cancel.cancelled() => return,
+                event = self.rx.recv() => event,
+            };
+            let Some(event) = next else { return };
+            let reason = event.reason.as_str();
+            let object = event.object.name.unwrap_or_default();
+            let message = event.message;
+            match event.type_ {
+                EventType::Normal => info!(object, reason, "{message}"),
+                EventType::Warning => warn!(object, reason, "{message}"),
+            }
+        }
     }
 }
 

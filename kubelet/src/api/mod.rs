@@ -8,6 +8,7 @@
 //! (kube has none of its own: use [`within`]).
 
 pub mod endpoint;
+mod late;
 mod pool;
 pub mod reload;
 pub mod tls;
@@ -24,7 +25,7 @@ use reload::Reloading;
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::ServerName;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use tls::Identity;
 use tokio_util::sync::CancellationToken;
@@ -74,25 +75,33 @@ impl std::fmt::Debug for Clients {
 #[derive(Debug, Clone)]
 pub struct Credentials {
     node: String,
+    /// What the kubeconfig says; empty while there is none that can be used.
+    known: Arc<OnceLock<Known>>,
+    /// The certificate's problem that was logged last; shared, so that it is logged once.
+    complained: Arc<Mutex<Option<String>>>,
+}
+
+/// What a kubeconfig says.
+#[derive(Debug, Clone)]
+struct Known {
     server: String,
     place: String,
     identity: Arc<Reloading<Identity>>,
-    /// The certificate's problem that was logged last; shared, so that it is logged once.
-    complained: Arc<Mutex<Option<String>>>,
 }
 
 impl Credentials {
     /// What is wrong with our certificate, if anything is.
     pub fn problem(&self) -> Option<String> {
-        if let Some(problem) = self.identity.problem() {
+        let known = self.known.get()?;
+        if let Some(problem) = known.identity.problem() {
             return Some(format!("the node certificate cannot be used: {problem}"));
         }
-        let identity = self.identity.get()?;
+        let identity = known.identity.get()?;
         let now = jiff::Timestamp::now().as_second();
         let objection = tls::objection(&identity, &self.node, now)?;
         Some(format!(
             "the node certificate {} cannot be used: {objection}",
-            self.place
+            known.place
         ))
     }
 
@@ -125,23 +134,26 @@ impl Credentials {
         if let Some(problem) = self.problem() {
             return problem;
         }
+        let Some(known) = self.known.get() else {
+            return endpoint::chain(error);
+        };
         match error {
             kube::Error::Api(status) if status.code == 401 => {
-                let identity = self.identity.get();
+                let identity = known.identity.get();
                 let (user, issuer) = identity
                     .map(|i| (i.user.clone(), i.issuer.clone()))
                     .unwrap_or_default();
                 format!(
                     "{} does not accept the node certificate {} (CN={user:?}, issued by {issuer:?}): \
                      is it from this cluster's CA?",
-                    self.server, self.place
+                    known.server, known.place
                 )
             }
             kube::Error::Api(status) => status.message.clone(),
             other => {
                 let text = endpoint::chain(other);
                 let text = text.trim_start_matches("ServiceError: ");
-                format!("{}: {text}", self.server)
+                format!("{}: {text}", known.server)
             }
         }
     }
@@ -216,12 +228,80 @@ pub fn connect(config: &Config) -> Result<Clients, ApiError> {
         heartbeat: build(&endpoint, tls, Arc::clone(&identity))?,
         credentials: Credentials {
             node: config.node_name.clone(),
-            server: endpoint.server.to_string(),
-            place: endpoint.certificate.to_string(),
-            identity,
+            known: Arc::new(OnceLock::from(Known {
+                server: endpoint.server.to_string(),
+                place: endpoint.certificate.to_string(),
+                identity,
+            })),
             complained: Arc::default(),
         },
     })
+}
+
+/// Clients that can be used at once, whatever there is of an apiserver.
+#[derive(Debug)]
+pub struct Opened {
+    /// The clients. Until there is a kubeconfig that can be used, every request fails at once.
+    pub clients: Clients,
+    /// Waits for such a kubeconfig, when it is missing.
+    pub waiting: Option<Waiting>,
+}
+
+/// The wait for a kubeconfig.
+#[derive(Debug)]
+pub struct Waiting {
+    main: late::Slot,
+    heartbeat: late::Slot,
+    credentials: Credentials,
+}
+
+impl Waiting {
+    /// Waits until the clients can be used, or until told to stop.
+    pub async fn run(self, config: Arc<Config>, stop: CancellationToken) {
+        let Some(clients) = connect_when_possible(&config, &stop).await else {
+            return;
+        };
+        if let Some(known) = clients.credentials.known.get() {
+            let _ = self.credentials.known.set(known.clone());
+        }
+        self.main.fill(clients.main);
+        self.heartbeat.fill(clients.heartbeat);
+    }
+}
+
+/// Makes the clients without waiting for anything: static pods must run before there is an
+/// apiserver, or without one. Needs a tokio runtime.
+pub fn open(config: &Config) -> Opened {
+    let why = if config.is_standalone() {
+        "this node runs without an apiserver (no --kubeconfig)"
+    } else if let Ok(clients) = connect(config) {
+        return Opened {
+            clients,
+            waiting: None,
+        };
+    } else {
+        "there is no kubeconfig that can be used yet"
+    };
+    let (main, main_slot) = late::client(why);
+    let (heartbeat, heartbeat_slot) = late::client(why);
+    let credentials = Credentials {
+        node: config.node_name.clone(),
+        known: Arc::default(),
+        complained: Arc::default(),
+    };
+    let waiting = (!config.is_standalone()).then(|| Waiting {
+        main: main_slot,
+        heartbeat: heartbeat_slot,
+        credentials: credentials.clone(),
+    });
+    Opened {
+        clients: Clients {
+            main,
+            heartbeat,
+            credentials,
+        },
+        waiting,
+    }
 }
 
 /// One client of this node, with a pool of its own.

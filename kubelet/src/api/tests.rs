@@ -98,9 +98,11 @@ fn a_missing_certificate_is_a_problem_and_not_an_error() {
     let identity = Arc::new(tls::node_identity(&endpoint, provider()));
     let credentials = Credentials {
         node: "n1".to_owned(),
-        server: endpoint.server.to_string(),
-        place: endpoint.certificate.to_string(),
-        identity: Arc::clone(&identity),
+        known: Arc::new(OnceLock::from(Known {
+            server: endpoint.server.to_string(),
+            place: endpoint.certificate.to_string(),
+            identity: Arc::clone(&identity),
+        })),
         complained: Arc::default(),
     };
     let problem = credentials.problem().unwrap();

@@ -1,6 +1,6 @@
 //! What must hold before the agent starts, and what only deserves a warning.
 
-use kubelet::config::Config;
+use kubelet::config::{AuthorizationMode, Config};
 use std::path::Path;
 
 /// Refuses to start where the configuration says so, or where nothing could work.
@@ -18,7 +18,27 @@ pub(super) fn check(config: &Config) -> anyhow::Result<()> {
     if config.fail_cgroup_v1 && !v2 {
         anyhow::bail!("this machine uses cgroup v1 and failCgroupV1 is true");
     }
-    Ok(())
+    standalone(config)
+}
+
+/// Without an apiserver nobody can be asked who may do what (the stock kubelet refuses likewise).
+fn standalone(config: &Config) -> anyhow::Result<()> {
+    if !config.is_standalone() || !config.server.enabled {
+        return Ok(());
+    }
+    if config.server.token_review {
+        anyhow::bail!(
+            "no --kubeconfig: tokens cannot be shown to an apiserver; set \
+             authentication.webhook.enabled: false"
+        );
+    }
+    match config.server.authorization {
+        AuthorizationMode::AlwaysAllow => Ok(()),
+        AuthorizationMode::Webhook => anyhow::bail!(
+            "no --kubeconfig: an apiserver cannot be asked who may do what; set \
+             authorization.mode: AlwaysAllow"
+        ),
+    }
 }
 
 /// /proc/swaps has a heading, then a line per swap; zram counts like any other.

@@ -314,6 +314,16 @@ fn field_value(field: &Field, text: &str) -> Result<Value, FlagError> {
                 .map(|t| json!(t))
                 .collect(),
         ),
+        // `a:hello,b:again`; a name given twice has two values.
+        Kind::Map(Kind::List(_)) => {
+            let mut lists: BTreeMap<String, Vec<String>> = BTreeMap::new();
+            for pair in text.split(',').filter(|p| !p.trim().is_empty()) {
+                for (name, value) in pairs(field.flag, pair, ':')? {
+                    lists.entry(name).or_default().push(value);
+                }
+            }
+            json!(lists)
+        }
         Kind::Map(inner) => {
             let sign = if field.flag.starts_with("eviction-hard") || field.flag == "eviction-soft" {
                 '<'

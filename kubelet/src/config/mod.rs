@@ -124,7 +124,7 @@ pub struct Config {
     pub host_name: String,
     /// The node's addresses, the primary first; never empty.
     pub node_ips: Vec<IpAddr>,
-    /// How to reach the apiserver.
+    /// How to reach the apiserver; empty: there is none ([`Config::is_standalone`]).
     pub kubeconfig: PathBuf,
     /// Where the kubelet keeps its files (`pods/<uid>/…`).
     pub root_dir: PathBuf,
@@ -142,8 +142,16 @@ pub struct Config {
     pub cni_bin_dirs: Vec<PathBuf>,
     /// The `pod-shim` program; empty: beside our own executable.
     pub shim_path: PathBuf,
-    /// Directory of static pod manifests; empty: none.
+    /// Static pod manifests: a directory or a file; empty: none.
     pub static_pod_path: PathBuf,
+    /// Longest time between two looks at `static_pod_path`.
+    pub file_check_frequency: Duration,
+    /// Static pod manifests behind a URL; empty: none.
+    pub static_pod_url: String,
+    /// Headers of requests for `static_pod_url`; values may be secrets.
+    pub static_pod_url_headers: BTreeMap<String, Vec<String>>,
+    /// Time between two requests for `static_pod_url`.
+    pub http_check_frequency: Duration,
 
     /// Whether the Node object is made when it is missing.
     pub register_node: bool,
@@ -244,4 +252,11 @@ pub struct Config {
     pub effective: serde_json::Value,
     /// What the start-up log should say once: fields without effect here, deprecated flags.
     pub notes: BTreeSet<String>,
+}
+
+impl Config {
+    /// Whether there is no apiserver: only static pods are run (`--kubeconfig` is not given).
+    pub fn is_standalone(&self) -> bool {
+        self.kubeconfig.as_os_str().is_empty()
+    }
 }

@@ -143,10 +143,7 @@ pub fn resolve(
             .unwrap_or_else(|| facts.host_name.clone()),
         node_name,
         node_ips,
-        kubeconfig: flags
-            .kubeconfig
-            .clone()
-            .unwrap_or_else(|| PathBuf::from("/etc/kubernetes/kubelet.conf")),
+        kubeconfig: flags.kubeconfig.clone().unwrap_or_default(),
         cert_dir: flags
             .cert_dir
             .clone()
@@ -162,6 +159,10 @@ pub fn resolve(
             .clone()
             .unwrap_or_else(|| runtime.path("shimPath", "")),
         static_pod_path: kubelet.path("staticPodPath", ""),
+        file_check_frequency: kubelet.duration("fileCheckFrequency", seconds(20)),
+        static_pod_url: kubelet.text("staticPodURL", ""),
+        static_pod_url_headers: lists(&kubelet, "staticPodURLHeader"),
+        http_check_frequency: kubelet.duration("httpCheckFrequency", seconds(20)),
         register_node: kubelet.bool("registerNode", true),
         register_with_taints: taints(&kubelet),
         node_labels: flags.node_labels.clone(),
@@ -295,6 +296,22 @@ fn cni_bin_dirs(runtime: &Tree<'_>) -> Vec<PathBuf> {
         return vec![PathBuf::from("/opt/cni/bin")];
     }
     dirs.into_iter().map(PathBuf::from).collect()
+}
+
+/// A map of lists of texts.
+fn lists(tree: &Tree<'_>, path: &str) -> BTreeMap<String, Vec<String>> {
+    let map = tree.get(path).and_then(Value::as_object);
+    let list = |values: &Value| {
+        let values = values.as_array().into_iter().flatten();
+        values
+            .filter_map(Value::as_str)
+            .map(str::to_owned)
+            .collect()
+    };
+    map.into_iter()
+        .flatten()
+        .map(|(name, values)| (name.clone(), list(values)))
+        .collect()
 }
 
 /// Unset is the usual file; set to nothing means that pods get none of the node's settings.
@@ -578,7 +595,17 @@ fn effective(config: &Config, tree: Map<String, Value>) -> Value {
             Map::new()
         }
     };
+    for (name, period) in [
+        ("fileCheckFrequency", config.file_check_frequency),
+        ("httpCheckFrequency", config.http_check_frequency),
+    ] {
+        shown.insert(name.to_owned(), json!(duration::format(period)));
+    }
     super::check::merge(&mut shown, tree);
+    // Whoever may read the configuration need not read these secrets.
+    if let Some(Value::Object(headers)) = shown.get_mut("staticPodURLHeader") {
+        headers.values_mut().for_each(|v| *v = json!(["<masked>"]));
+    }
     Value::Object(shown)
 }
 

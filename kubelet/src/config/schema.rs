@@ -163,10 +163,10 @@ pub const KUBELET_CONFIGURATION: &[Field] = &[
     field("staticPodPath", Text, "pod-manifest-path"),
     field("podLogsDir", Text, ""),
     field("syncFrequency", Duration, "sync-frequency"),
-    inert("fileCheckFrequency", Duration, "file-check-frequency"),
-    inert("httpCheckFrequency", Duration, "http-check-frequency"),
-    inert("staticPodURL", Text, "manifest-url"),
-    inert(
+    field("fileCheckFrequency", Duration, "file-check-frequency"),
+    field("httpCheckFrequency", Duration, "http-check-frequency"),
+    field("staticPodURL", Text, "manifest-url"),
+    field(
         "staticPodURLHeader",
         Map(&List(&Text)),
         "manifest-url-header",
@@ -479,8 +479,6 @@ pub const QUIET: &[&str] = &[
     "memoryManagerPolicy",
     "topologyManagerPolicy",
     "topologyManagerScope",
-    "fileCheckFrequency",
-    "httpCheckFrequency",
     "cpuManagerReconcilePeriod",
     "volumeStatsAggPeriod",
     "makeIPTablesUtilChains",

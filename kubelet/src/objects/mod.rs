@@ -20,9 +20,10 @@ pub(crate) use cache::{api_message, with_forbidden_retries};
 pub use services::Services;
 
 use crate::launch::{EnvObjects, env, pod_namespace, pod_uid};
+use crate::source::is_static;
 use cache::{Cache, Cached};
 use futures::future::{try_join, try_join_all};
-use k8s_openapi::api::core::v1::{ConfigMap, Container, Pod, Secret};
+use k8s_openapi::api::core::v1::{ConfigMap, Container, Pod, Secret, Service};
 use kube::Client;
 use std::fmt;
 use std::sync::Arc;
@@ -164,12 +165,20 @@ impl Objects {
             Ok((name, found))
         }));
         let ((config_maps, secrets), services) =
-            try_join(try_join(config_maps, secrets), self.services.all()).await?;
+            try_join(try_join(config_maps, secrets), self.services_for(pod)).await?;
         Ok(EnvObjects {
             config_maps: config_maps.into_iter().collect(),
             secrets: secrets.into_iter().collect(),
             services,
         })
+    }
+
+    /// A static pod may be what the apiserver needs to run: it takes the services that are known.
+    async fn services_for(&self, pod: &Pod) -> Result<Vec<Arc<Service>>, ObjectError> {
+        if is_static(pod) {
+            return Ok(self.services.known());
+        }
+        self.services.all().await
     }
 
     /// The pod's imagePullSecrets that exist.

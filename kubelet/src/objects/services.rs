@@ -51,6 +51,12 @@ impl Services {
         }
     }
 
+    /// The services known so far; none before the first list. For pods that must not wait for an
+    /// apiserver.
+    pub fn known(&self) -> Vec<Arc<Service>> {
+        self.store.state()
+    }
+
     /// All services, once they were read.
     ///
     /// # Errors

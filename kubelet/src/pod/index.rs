@@ -47,6 +47,8 @@ impl PodEntry {
 #[derive(Debug, Clone, Default)]
 pub struct PodIndex {
     inner: Arc<RwLock<HashMap<String, Arc<PodEntry>>>>,
+    /// UIDs of mirror pods, and whose they are.
+    mirrors: Arc<RwLock<HashMap<String, String>>>,
 }
 
 impl PodIndex {
@@ -75,6 +77,21 @@ impl PodIndex {
             .unwrap_or_else(PoisonError::into_inner)
             .get(uid)
             .cloned()
+    }
+
+    /// The UID of the pod that runs: users know a static pod by the UID of its mirror.
+    pub fn resolve(&self, uid: &str) -> String {
+        let mirrors = self.mirrors.read().unwrap_or_else(PoisonError::into_inner);
+        mirrors.get(uid).map_or(uid, String::as_str).to_owned()
+    }
+
+    /// Notes the UID under which the apiserver shows a static pod; none when it does not any more.
+    pub fn note_mirror(&self, static_uid: &str, mirror_uid: Option<&str>) {
+        let mut mirrors = self.mirrors.write().unwrap_or_else(PoisonError::into_inner);
+        mirrors.retain(|_, owner| owner != static_uid);
+        if let Some(uid) = mirror_uid {
+            mirrors.insert(uid.to_owned(), static_uid.to_owned());
+        }
     }
 
     /// All pods, by namespace and name.
@@ -131,6 +148,20 @@ mod tests {
             status: Arc::default(),
             containers: BTreeMap::new(),
         }
+    }
+
+    #[test]
+    fn a_mirrors_uid_leads_to_the_pod_that_runs() {
+        let index = PodIndex::new();
+        index.note_mirror("hash", Some("m1"));
+        assert_eq!(index.resolve("m1"), "hash");
+        index.note_mirror("hash", Some("m2"));
+        assert_eq!(
+            (index.resolve("m1"), index.resolve("m2")),
+            ("m1".into(), "hash".into())
+        );
+        index.note_mirror("hash", None);
+        assert_eq!(index.resolve("m2"), "m2");
     }
 
     #[test]

@@ -2,20 +2,22 @@
 //!
 //! One task reads the source's changes, the engine's news and probe verdicts, and passes them to
 //! workers; it waits for nothing. A pod whose namesake (same namespace and name, another UID) is
-//! still here queues behind it. A finished UID never gets a second worker. After the first full
-//! sync, and at every audit, pods that the node holds but nobody wants are ended and cleaned up.
+//! still here queues behind it. A finished UID never gets a second worker, but for a static pod
+//! whose manifest came back. After the first full sync of every source, and at every audit, pods
+//! that the node holds but nobody wants are ended and cleaned up.
 
 use super::environment::PodEnvironment;
+use super::mirror::Mirrors;
 use super::spec;
 use super::state::Cause;
 use super::worker::{Desired, Mailbox, Worker, WorkerDeps};
 use crate::events::EventType;
 use crate::probes::ProbeUpdate;
-use crate::source::PodChange;
-use k8s_openapi::api::core::v1::Pod;
+use crate::source::{self, PodChange, Source};
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use runtime::service::{RuntimeEvent, RuntimeService};
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -62,6 +64,9 @@ impl Tombstones {
     }
 }
 
+/// A worker's pod that is finished, and its last status.
+type Ended = (String, Arc<PodStatus>);
+
 /// Gives pods their workers.
 #[derive(Debug)]
 pub struct Manager<R: RuntimeService, E: PodEnvironment> {
@@ -72,8 +77,11 @@ pub struct Manager<R: RuntimeService, E: PodEnvironment> {
     /// UIDs that are finished: never taken up again, not even when a list from a stale cache of
     /// the apiserver shows them once more.
     finished: Tombstones,
-    synced: bool,
-    tasks: JoinSet<String>,
+    /// Sources that have not shown everything yet.
+    awaited: BTreeSet<Source>,
+    /// What the apiserver is shown of static pods.
+    mirrors: Mirrors,
+    tasks: JoinSet<Ended>,
 }
 
 /// What the manager listens to.
@@ -121,14 +129,24 @@ impl Heartbeat {
 }
 
 impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
-    /// Without pods.
+    /// Without pods, for the apiserver's only.
     pub fn new(deps: Arc<WorkerDeps<R, E>>) -> Self {
+        Self::with_sources(deps, [Source::Api], Mirrors::default())
+    }
+
+    /// Without pods, for those of these sources.
+    pub fn with_sources(
+        deps: Arc<WorkerDeps<R, E>>,
+        sources: impl IntoIterator<Item = Source>,
+        mirrors: Mirrors,
+    ) -> Self {
         Self {
             deps,
             workers: HashMap::new(),
             queued: Vec::new(),
             finished: Tombstones::default(),
-            synced: false,
+            awaited: sources.into_iter().collect(),
+            mirrors,
             tasks: JoinSet::new(),
         }
     }
@@ -170,26 +188,50 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
 
     fn change(&mut self, change: PodChange) {
         match change {
+            // Nothing to run: the static pod it shows has a worker of its own.
+            PodChange::Set(pod) if source::is_mirror(&pod) => {
+                self.mirrors.seen(&pod);
+            }
+            PodChange::Gone(pod) if source::is_mirror(&pod) => {
+                self.mirrors.unseen(&pod);
+            }
             PodChange::Set(pod) => self.set(pod),
             PodChange::Gone(pod) => self.gone(pod),
-            PodChange::Synced => {
-                if !std::mem::replace(&mut self.synced, true) {
-                    info!(pods = self.workers.len(), "Pods are synced");
-                }
-                self.end_unknown();
-            }
+            PodChange::Synced(source) => self.synced(source),
+        }
+    }
+
+    /// A source has shown everything it has.
+    fn synced(&mut self, source: Source) {
+        self.awaited.remove(&source);
+        let all = self.awaited.is_empty();
+        if source == Source::Api || all {
+            self.mirrors.synced(all);
+        }
+        if all {
+            info!(pods = self.workers.len(), "Pods are synced");
+            self.end_unknown();
         }
     }
 
     /// A pod is new or changed.
     fn set(&mut self, pod: Arc<Pod>) {
         let uid = spec::uid(&pod).to_owned();
-        if self.finished.contains(&uid) {
+        if source::is_static(&pod) {
+            self.end_strangers(&pod);
+        } else if self.finished.contains(&uid) {
             return;
         }
         if let Some(worker) = self.workers.get(&uid) {
-            worker.desired.send_modify(|d| d.pod = pod);
-            return;
+            let returned = source::is_static(&pod) && worker.desired.borrow().gone;
+            if !returned {
+                if source::is_static(&pod) {
+                    self.mirrors.shown(&pod);
+                }
+                worker.desired.send_modify(|d| d.pod = pod);
+                return;
+            }
+            // Its manifest came back while it ends: it starts again after that.
         }
         if let Some(waiting) = self.queued.iter_mut().find(|d| spec::uid(&d.pod) == uid) {
             waiting.pod = pod;
@@ -216,10 +258,33 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
         let uid = spec::uid(&pod);
         self.queued.retain(|d| spec::uid(&d.pod) != uid);
         if let Some(worker) = self.workers.get(uid) {
+            if source::is_static(&pod) {
+                self.mirrors.ending(&pod);
+            }
             worker.desired.send_modify(|d| {
                 d.pod = pod.clone();
                 d.gone = true;
             });
+        }
+    }
+
+    /// Ends what the node still holds of another pod with this static pod's name: its manifest
+    /// changed while no agent ran. The new one waits for that, whether the apiserver is there or
+    /// not.
+    fn end_strangers(&mut self, pod: &Pod) {
+        let wanted = (spec::namespace(pod), spec::name(pod));
+        let found: BTreeSet<String> = self
+            .deps
+            .runtime
+            .list_sandboxes()
+            .into_iter()
+            .map(|s| s.config)
+            .filter(|c| (c.namespace.as_str(), c.name.as_str()) == wanted)
+            .map(|c| c.uid)
+            .filter(|uid| uid != spec::uid(pod))
+            .collect();
+        for uid in found {
+            self.end_orphan(uid, wanted.0.to_owned(), wanted.1.to_owned());
         }
     }
 
@@ -253,6 +318,9 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
                 });
             }
         }
+        if source::is_static(&desired.pod) && !desired.gone {
+            self.mirrors.shown(&desired.pod);
+        }
         let mailbox = Arc::new(Mailbox::default());
         let (tx, rx) = watch::channel(desired);
         let worker = Worker::new(self.deps.clone(), rx, mailbox.clone());
@@ -263,10 +331,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
                 mailbox,
             },
         );
-        self.tasks.spawn(async move {
-            worker.run().await;
-            uid
-        });
+        self.tasks.spawn(async move { (uid, worker.run().await) });
     }
 
     /// Whether a pod has nothing on this node yet and wants to run.
@@ -301,23 +366,31 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
 
     fn audit(&mut self) {
         self.wake_all();
-        if self.synced {
+        if self.awaited.is_empty() {
             self.end_unknown();
         }
     }
 
     /// A worker's pod is finished: its namesake may start.
-    fn worker_ended(&mut self, ended: Result<String, tokio::task::JoinError>) {
-        let uid = match ended {
-            Ok(uid) => uid,
+    fn worker_ended(&mut self, ended: Result<Ended, tokio::task::JoinError>) {
+        let (uid, last) = match ended {
+            Ok(ended) => ended,
             Err(error) => {
                 // Its handle stays: better a pod without a worker than two workers.
                 warn!(%error, "Pod worker panicked");
                 return;
             }
         };
-        self.workers.remove(&uid);
-        self.finished.insert(uid);
+        if let Some(worker) = self.workers.remove(&uid)
+            && source::is_static(&worker.desired.borrow().pod)
+        {
+            // Its UID is its manifest's, which may come back.
+            self.mirrors.ended(&worker.desired.borrow().pod);
+            let returned = self.queued.iter_mut().filter(|d| spec::uid(&d.pod) == uid);
+            returned.for_each(|d| d.pod = with_history(&d.pod, &last));
+        } else {
+            self.finished.insert(uid);
+        }
         let mut still = Vec::new();
         for desired in std::mem::take(&mut self.queued) {
             if self.has_namesake(&desired.pod) {
@@ -345,25 +418,43 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
                 && !self.finished.contains(uid)
         });
         for (uid, (namespace, name)) in unknown {
-            info!(
-                uid,
-                namespace, name, "Pod is unknown to the apiserver, ending it"
-            );
-            let metadata = ObjectMeta {
-                uid: Some(uid),
-                namespace: Some(namespace),
-                name: Some(name),
-                ..ObjectMeta::default()
-            };
-            let pod = Arc::new(Pod {
-                metadata,
-                ..Pod::default()
-            });
-            self.start(Desired {
-                pod,
-                gone: true,
-                rejected: None,
-            });
+            self.end_orphan(uid, namespace, name);
         }
     }
+
+    /// Gives a worker to what the node holds of a pod of which only names are known, to end it.
+    fn end_orphan(&mut self, uid: String, namespace: String, name: String) {
+        if self.workers.contains_key(&uid) {
+            return;
+        }
+        info!(
+            uid,
+            namespace, name, "Pod is unknown to its source, ending it"
+        );
+        let metadata = ObjectMeta {
+            uid: Some(uid),
+            namespace: Some(namespace),
+            name: Some(name),
+            ..ObjectMeta::default()
+        };
+        let pod = Arc::new(Pod {
+            metadata,
+            ..Pod::default()
+        });
+        self.start(Desired {
+            pod,
+            gone: true,
+            rejected: None,
+        });
+    }
+}
+
+/// A pod that comes back under its old UID, with what became of its containers: restarts are
+/// counted on.
+fn with_history(pod: &Arc<Pod>, last: &PodStatus) -> Arc<Pod> {
+    let mut pod = (**pod).clone();
+    let status = pod.status.get_or_insert_default();
+    status.container_statuses = last.container_statuses.clone();
+    status.init_container_statuses = last.init_container_statuses.clone();
+    Arc::new(pod)
 }

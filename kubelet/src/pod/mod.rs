@@ -13,6 +13,7 @@ mod hooks;
 pub mod index;
 pub mod launcher;
 pub mod manager;
+pub mod mirror;
 pub mod plan;
 pub mod spec;
 pub mod state;

@@ -10,7 +10,7 @@ use super::worker::WorkerDeps;
 use crate::events::EventSink;
 use crate::observe::is_running;
 use crate::probes::Probes;
-use crate::source::PodChange;
+use crate::source::{PodChange, Source};
 use crate::status::publish::{StatusApi, StatusApiError, StatusPublisher};
 use k8s_openapi::api::core::v1::{Container, Pod};
 use proptest::prelude::*;
@@ -436,7 +436,11 @@ async fn a_new_agent_adopts_what_runs_and_nothing_flips() {
     .unwrap();
     let second = Lab::start(runtime.clone());
     second.set(probed).await;
-    second.changes.send(PodChange::Synced).await.unwrap();
+    second
+        .changes
+        .send(PodChange::Synced(Source::Api))
+        .await
+        .unwrap();
     second.phase("u1", "Running").await;
     until("patched", || {
         !second.api.statuses.lock().unwrap().is_empty()
@@ -463,7 +467,11 @@ async fn what_the_apiserver_does_not_know_is_ended_after_the_first_sync() {
     drop(first);
     let second = Lab::start(runtime.clone());
     second.node.leftovers.lock().unwrap().push("u9".to_owned());
-    second.changes.send(PodChange::Synced).await.unwrap();
+    second
+        .changes
+        .send(PodChange::Synced(Source::Api))
+        .await
+        .unwrap();
     until("orphan removed", || runtime.list_sandboxes().is_empty()).await;
     until("leftover removed", || {
         second.node.leftovers.lock().unwrap().is_empty()

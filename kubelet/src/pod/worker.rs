@@ -179,8 +179,8 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         }
     }
 
-    /// Runs until the pod is finished: nothing of it is left.
-    pub async fn run(mut self) {
+    /// Runs until the pod is finished: nothing of it is left but its last status.
+    pub async fn run(mut self) -> Arc<PodStatus> {
         let span = tracing::info_span!(
             "pod",
             pod = format!("{}/{}", spec::namespace(&self.pod), spec::name(&self.pod)),
@@ -201,9 +201,10 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             self.deps.index.remove(uid);
             self.deps.publisher.forget(uid);
             info!("Pod is finished");
+            self.status
         }
         .instrument(span)
-        .await;
+        .await
     }
 
     /// Reads the newest desire.

@@ -196,7 +196,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
         let entry = self
             .index
             .get(namespace, pod)
-            .filter(|e| uid.is_none_or(|u| e.uid() == u));
+            .filter(|e| uid.is_none_or(|u| e.uid() == self.index.resolve(u)));
         let Some(entry) = entry else {
             return Err(missing("pod does not exist".to_owned()));
         };

@@ -4,7 +4,7 @@
 //! run are not touched meanwhile. After an interruption the watch goes on where it was; when that
 //! version is too old, everything is listed again and what vanished is reported as gone.
 
-use super::PodChange;
+use super::{ANNOTATION_MIRROR, ANNOTATION_SOURCE, PodChange, Source};
 use futures::{Stream, StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
@@ -155,7 +155,7 @@ impl Shown {
                 self.pods = kept;
                 self.synced = true;
                 let mut changes: Vec<_> = vanished.into_values().map(PodChange::Gone).collect();
-                changes.push(PodChange::Synced);
+                changes.push(PodChange::Synced(Source::Api));
                 changes
             }
         }
@@ -172,9 +172,15 @@ fn uid(pod: &Pod) -> String {
     pod.metadata.uid.clone().unwrap_or_default()
 }
 
-/// Drops what no part of the agent reads: managed fields are half of a pod object.
+/// Drops what no part of the agent reads (managed fields are half of a pod object), and the
+/// claim of a pod of the API to be a static one.
 fn trim(mut pod: Pod) -> Pod {
     pod.metadata.managed_fields = None;
+    if let Some(annotations) = &mut pod.metadata.annotations
+        && !annotations.contains_key(ANNOTATION_MIRROR)
+    {
+        annotations.remove(ANNOTATION_SOURCE);
+    }
     pod
 }
 
@@ -194,7 +200,7 @@ mod tests {
             .map(|c| match c {
                 PodChange::Set(p) => format!("set {}", uid(p)),
                 PodChange::Gone(p) => format!("gone {}", uid(p)),
-                PodChange::Synced => "synced".to_owned(),
+                PodChange::Synced(_) => "synced".to_owned(),
             })
             .collect();
         words.sort();

@@ -9,6 +9,7 @@
 use super::derive::is_terminal_phase;
 use super::patch;
 use crate::pod::spec;
+use crate::source::is_static;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -70,12 +71,49 @@ pub struct StatusPublisher {
 #[derive(Debug, Default)]
 struct Shared {
     slots: Mutex<HashMap<String, Slot>>,
+    /// What the apiserver has of static pods, by the static pod's UID.
+    mirrors: Mutex<HashMap<String, Arc<Object>>>,
     changed: Notify,
+}
+
+/// A pod as the apiserver has it.
+#[derive(Debug, Clone, PartialEq)]
+struct Object {
+    uid: String,
+    version: u64,
+    status: Arc<PodStatus>,
+}
+
+impl Object {
+    fn of(pod: &Pod) -> Self {
+        Self {
+            uid: spec::uid(pod).to_owned(),
+            version: resource_version(pod),
+            status: Arc::new(pod.status.clone().unwrap_or_default()),
+        }
+    }
 }
 
 impl Shared {
     fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Locked after [`Shared::slots`] where both are.
+    fn mirrors(&self) -> MutexGuard<'_, HashMap<String, Arc<Object>>> {
+        self.mirrors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Slot {
+    /// Takes what the apiserver has, unless something newer of the same object is known.
+    fn learn(&mut self, object: &Object) {
+        let other = self.object_uid.as_ref() != Some(&object.uid);
+        if other || object.version > self.base_version || self.base_version == 0 {
+            self.object_uid = Some(object.uid.clone());
+            self.base = object.status.clone();
+            self.base_version = object.version;
+        }
     }
 }
 
@@ -84,6 +122,9 @@ impl Shared {
 struct Slot {
     namespace: String,
     name: String,
+    /// UID of the object the status goes to: the pod's own, or that of the mirror of a static
+    /// pod. None while there is no mirror.
+    object_uid: Option<String>,
     wanted: Arc<PodStatus>,
     base: Arc<PodStatus>,
     base_version: u64,
@@ -113,15 +154,47 @@ impl StatusPublisher {
         self.shared.slots().remove(uid);
     }
 
+    /// What the apiserver has of a static pod: its newest mirror, or none. The pod's status is
+    /// sent to it when it differs.
+    pub fn set_mirror(&self, static_uid: &str, mirror: Option<&Pod>) {
+        let mut slots = self.shared.slots();
+        let mut mirrors = self.shared.mirrors();
+        let object = mirror.map(|pod| Arc::new(Object::of(pod)));
+        let slot = slots.get_mut(static_uid);
+        match (&object, slot) {
+            (Some(object), Some(slot)) => {
+                slot.learn(object);
+                slot.due = slot.due.or_else(|| Some(Instant::now()));
+            }
+            (None, Some(slot)) => {
+                slot.object_uid = None;
+                slot.base_version = 0;
+            }
+            (_, None) => {}
+        }
+        match object {
+            Some(object) => mirrors.insert(static_uid.to_owned(), object),
+            None => mirrors.remove(static_uid),
+        };
+        drop(mirrors);
+        drop(slots);
+        self.shared.changed.notify_one();
+    }
+
     fn put(&self, pod: &Pod, status: Arc<PodStatus>, farewell: Option<oneshot::Sender<()>>) {
         let now = Instant::now();
-        let seen_version = resource_version(pod);
+        let object = if is_static(pod) {
+            self.shared.mirrors().get(spec::uid(pod)).cloned()
+        } else {
+            Some(Arc::new(Object::of(pod)))
+        };
         let mut slots = self.shared.slots();
         let slot = slots
             .entry(spec::uid(pod).to_owned())
             .or_insert_with(|| Slot {
                 namespace: spec::namespace(pod).to_owned(),
                 name: spec::name(pod).to_owned(),
+                object_uid: None,
                 wanted: status.clone(),
                 base: Arc::default(),
                 base_version: 0,
@@ -130,9 +203,8 @@ impl StatusPublisher {
                 failures: 0,
                 farewell: None,
             });
-        if seen_version > slot.base_version || slot.base_version == 0 {
-            slot.base = Arc::new(pod.status.clone().unwrap_or_default());
-            slot.base_version = seen_version;
+        if let Some(object) = &object {
+            slot.learn(object);
         }
         slot.wanted = status;
         let last = farewell.is_some();
@@ -203,6 +275,7 @@ pub struct PublishTask<A> {
 /// One request taken from a slot.
 struct Job {
     uid: String,
+    object_uid: String,
     namespace: String,
     name: String,
     body: Option<Value>,
@@ -213,6 +286,7 @@ struct Job {
 /// How a request went.
 struct Done {
     uid: String,
+    object_uid: String,
     sent: Arc<PodStatus>,
     delete: bool,
     result: Result<Option<u64>, StatusApiError>,
@@ -257,8 +331,12 @@ impl<A: StatusApi> PublishTask<A> {
                 .min_by_key(|(_, s)| (!is_terminal_phase(&s.wanted), s.due))
                 .map(|(uid, _)| uid.clone())?;
             let slot = slots.get_mut(&uid)?;
-            let body = patch::patch(&uid, &slot.base, &slot.wanted);
             slot.due = None;
+            // Without a mirror there is nobody to tell; it is told when there is one.
+            let Some(object_uid) = slot.object_uid.clone() else {
+                continue;
+            };
+            let body = patch::patch(&object_uid, &slot.base, &slot.wanted);
             if body.is_none() && slot.farewell.is_none() {
                 continue;
             }
@@ -269,6 +347,7 @@ impl<A: StatusApi> PublishTask<A> {
                 body,
                 sent: slot.wanted.clone(),
                 delete: slot.farewell.is_some(),
+                object_uid,
                 uid,
             });
         }
@@ -290,6 +369,11 @@ impl<A: StatusApi> PublishTask<A> {
             return;
         };
         slot.in_flight = false;
+        if slot.object_uid.as_ref() != Some(&done.object_uid) {
+            // It was about a mirror that has been replaced meanwhile.
+            slot.due = slot.due.or_else(|| Some(Instant::now()));
+            return;
+        }
         match done.result {
             Ok(version) => {
                 slot.failures = 0;
@@ -304,6 +388,10 @@ impl<A: StatusApi> PublishTask<A> {
                     // The worker may have gone: nobody needs to know then.
                     let _ = farewell.send(());
                 }
+            }
+            Err(StatusApiError::Gone) if self.shared.mirrors().remove(&done.uid).is_some() => {
+                slot.object_uid = None;
+                slot.base_version = 0;
             }
             Err(StatusApiError::Gone) => {
                 debug!(
@@ -363,7 +451,8 @@ async fn send<A: StatusApi>(api: &A, job: Job) -> Done {
             }
         }
         if job.delete {
-            api.delete(&job.namespace, &job.name, &job.uid).await?;
+            api.delete(&job.namespace, &job.name, &job.object_uid)
+                .await?;
         }
         Ok(version)
     };
@@ -372,6 +461,7 @@ async fn send<A: StatusApi>(api: &A, job: Job) -> Done {
         uid: job.uid,
         sent: job.sent,
         delete: job.delete,
+        object_uid: job.object_uid,
     }
 }
 
@@ -563,6 +653,28 @@ mod tests {
         let calls = api.wait_for(4).await;
         assert_eq!(calls.last().unwrap(), "delete web u1");
         assert_eq!(calls.iter().filter(|c| c.starts_with("delete")).count(), 1);
+        cancel.cancel();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_static_pods_status_goes_to_its_mirror_and_to_the_next_one() {
+        let api = Arc::new(FakeApi::default());
+        let (publisher, cancel) = start(&api);
+        let mut own = pod();
+        own.metadata.annotations =
+            Some([("kubernetes.io/config.source".to_owned(), "file".to_owned())].into());
+        publisher.publish(&own, status("Running"));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(api.calls.lock().unwrap().is_empty(), "nobody to tell");
+        let mut mirror = pod();
+        mirror.metadata.uid = Some("m1".to_owned());
+        publisher.set_mirror("u1", Some(&mirror));
+        assert_eq!(api.wait_for(1).await, ["patch web \"Running\""]);
+        // Deleted by a user, made again.
+        publisher.set_mirror("u1", None);
+        mirror.metadata.uid = Some("m2".to_owned());
+        publisher.set_mirror("u1", Some(&mirror));
+        assert_eq!(api.wait_for(2).await[1], "patch web \"Running\"");
         cancel.cancel();
     }
 
