@@ -378,6 +378,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
                 index,
                 auth: Auth::new(client, &self.config.node_name, settings.clone()),
                 tracker: self.tracker.clone(),
+                stop: self.stop.clone(),
             };
             server::serve(server, self.stop.clone())
                 .await

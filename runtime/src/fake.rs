@@ -578,6 +578,11 @@ impl RuntimeService for FakeRuntime {
         Ok(())
     }
 
+    /// Connects on this machine's own loopback.
+    async fn connect(&self, sandbox: &SandboxId, port: u16) -> Result<tokio::net::TcpStream> {
+        crate::forward::connect_in(None, sandbox.as_str(), port).await
+    }
+
     fn ensure_cgroup(&self, path: &str, resources: &Resources) -> Result<()> {
         let mut state = self.begin(Operation::EnsureCgroup, path)?;
         state.cgroups.insert(path.to_owned(), resources.clone());

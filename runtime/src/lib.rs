@@ -25,6 +25,7 @@ pub mod shim_client;
 
 mod error;
 mod exec;
+mod forward;
 mod operations;
 mod recover;
 

@@ -5,7 +5,7 @@ use crate::service::{
     CgroupStats, ContainerConfig, ContainerId, ContainerStatus, ExecOutput, ExecRequest, Resources,
     Result, RuntimeEvent, RuntimeService, SandboxConfig, SandboxId, SandboxStatus, StreamSession,
 };
-use crate::{container, exec, sandbox};
+use crate::{container, exec, forward, sandbox};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::broadcast;
@@ -112,6 +112,11 @@ impl RuntimeService for Engine {
 
     async fn resize_tty(&self, session: &str, width: u16, height: u16) -> Result<()> {
         exec::resize(&self.inner, session, width, height).await
+    }
+
+    async fn connect(&self, sandbox: &SandboxId, port: u16) -> Result<tokio::net::TcpStream> {
+        let sandbox = self.inner.sandbox(sandbox)?;
+        forward::connect(&sandbox, port).await
     }
 
     fn ensure_cgroup(&self, path: &str, resources: &Resources) -> Result<()> {

@@ -559,6 +559,13 @@ pub trait RuntimeService: Send + Sync + 'static {
         width: u16,
         height: u16,
     ) -> impl Future<Output = Result<()>> + Send;
+    /// Connects to a TCP port on the loopback of a sandbox's network, IPv4 before IPv6 (with the
+    /// node's network: on the node's). Refused with [`RuntimeErrorKind::Network`].
+    fn connect(
+        &self,
+        sandbox: &SandboxId,
+        port: u16,
+    ) -> impl Future<Output = Result<tokio::net::TcpStream>> + Send;
     /// Makes (or updates) a cgroup below the root, e.g. the QoS tree and pod cgroups.
     fn ensure_cgroup(&self, path: &str, resources: &Resources) -> Result<()>;
     /// Kills what is in it and removes it with its children. Idempotent.

@@ -2,8 +2,7 @@
 //!
 //! Reads snapshots ([`PodIndex`]) and calls [`RuntimeService`]; writes nothing. One task accepts,
 //! one task per connection serves; both end with the token. Every request but those on the
-//! health port is authenticated and authorized ([`auth`]). Paths that belong to later work
-//! (attach by SPDY, port-forward, stats) are not in the table and answer 404.
+//! health port is authenticated and authorized ([`auth`]).
 //!
 //! Bounds: connections ([`MAX_CONNECTIONS`]), handshake and header time, request line and header
 //! size (hyper's own), no request body is read.
@@ -11,6 +10,7 @@
 pub mod auth;
 pub mod logs;
 mod routes;
+pub mod spdy;
 pub mod stream;
 pub mod tls;
 
@@ -50,6 +50,8 @@ pub struct Server<R> {
     pub auth: Auth,
     /// Owns connections and sessions.
     pub tracker: TaskTracker,
+    /// Ends sessions that outlive their request (exec, port-forward).
+    pub stop: CancellationToken,
 }
 
 impl<R> std::fmt::Debug for Server<R> {

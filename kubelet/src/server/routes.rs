@@ -148,27 +148,21 @@ impl<R: RuntimeService + ImageService> Server<R> {
             ["pods"] => self.pods(),
             ["configz"] => json(&serde_json::json!({ "kubeletconfig": self.config.effective })),
             ["containerLogs", namespace, pod, container] if debugging => {
-                match self.find(namespace, pod, None, container) {
+                match self.find(namespace, pod, container) {
                     Ok(place) => self.container_logs(&request, &place),
                     Err(response) => *response,
                 }
             }
-            ["exec", namespace, pod, container] if debugging => {
-                self.exec(request, self.find(namespace, pod, None, container))
-                    .await
+            ["exec" | "attach" | "portForward" | "run", ..] if debugging => {
+                self.streams(request, &parts).await
             }
-            ["exec", namespace, pod, uid, container] if debugging => {
-                self.exec(request, self.find(namespace, pod, Some(uid), container))
-                    .await
-            }
-            ["attach", namespace, pod, container] if debugging => {
-                self.attach(request, self.find(namespace, pod, None, container))
-                    .await
-            }
-            ["attach", namespace, pod, uid, container] if debugging => {
-                self.attach(request, self.find(namespace, pod, Some(uid), container))
-                    .await
-            }
+            [
+                "exec" | "attach" | "portForward" | "run" | "containerLogs",
+                ..,
+            ] => text(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "Debug endpoints are disabled.\n",
+            ),
             _ => text(StatusCode::NOT_FOUND, "404 page not found\n"),
         }
     }
@@ -189,16 +183,11 @@ impl<R: RuntimeService + ImageService> Server<R> {
         &self,
         namespace: &str,
         pod: &str,
-        uid: Option<&str>,
         container: &str,
     ) -> Result<Place, Box<Response<Body>>> {
         let missing = |message: String| Box::new(text(StatusCode::NOT_FOUND, message));
-        let entry = self
-            .index
-            .get(namespace, pod)
-            .filter(|e| uid.is_none_or(|u| e.uid() == self.index.resolve(u)));
-        let Some(entry) = entry else {
-            return Err(missing("pod does not exist".to_owned()));
+        let Some(entry) = self.index.get(namespace, pod) else {
+            return Err(missing(format!("pod {pod:?} does not exist")));
         };
         if !declares(&entry, container) {
             return Err(missing(format!(

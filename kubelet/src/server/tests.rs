@@ -54,11 +54,11 @@ impl Authority {
 }
 
 /// A server on a port of its own.
-struct Node {
+pub(super) struct Node {
     address: SocketAddr,
     ca: Authority,
     stop: CancellationToken,
-    runtime: Arc<FakeRuntime>,
+    pub(super) runtime: Arc<FakeRuntime>,
     _dir: tempfile::TempDir,
 }
 
@@ -74,7 +74,7 @@ fn write(dir: &Path, name: &str, text: &str) -> String {
     path.display().to_string()
 }
 
-async fn node() -> Node {
+pub(super) async fn node() -> Node {
     let dir = tempfile::tempdir().unwrap();
     let ca = Authority::new();
     let (cert, key) = ca.sign("node", &["localhost"]);
@@ -110,6 +110,7 @@ async fn node() -> Node {
         index,
         auth,
         tracker,
+        stop: stop.clone(),
     };
     tokio::spawn(serve(server, stop.clone()));
     Node {
@@ -190,7 +191,7 @@ async fn pod(dir: &Path) -> (Arc<FakeRuntime>, PodIndex) {
 }
 
 /// Connects as the holder of a certificate for `user`, or as nobody.
-async fn connect(node: &Node, user: Option<&str>) -> TlsStream<TcpStream> {
+pub(super) async fn connect(node: &Node, user: Option<&str>) -> TlsStream<TcpStream> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -255,8 +256,8 @@ async fn only_known_and_allowed_clients_are_served() {
     let (status, pods) = get(&node, Some("admin"), None, "/pods").await;
     assert!(status == 200 && pods.contains("\"PodList\"") && pods.contains("uid-1"));
     assert_eq!(
-        get(&node, Some("admin"), None, "/portForward/ns/p").await.0,
-        404
+        get(&node, Some("admin"), None, "/portForward/ns/p/no-such-uid").await,
+        (404, "pod not found".to_owned())
     );
     assert!(
         get(&node, Some("admin"), None, "/configz")
@@ -347,19 +348,31 @@ async fn an_exec_session_ends_with_its_exit_code() {
 }
 
 #[tokio::test]
-async fn exec_without_an_upgrade_or_by_spdy_is_refused() {
+async fn streaming_requests_that_cannot_be_served_get_the_stock_answers() {
     let node = node().await;
-    let (status, text) = get(
-        &node,
-        Some("admin"),
-        None,
-        "/exec/ns/p/c?command=x&output=1",
-    )
-    .await;
-    assert_eq!((status, text.as_str()), (400, "Upgrade request required"));
-    let (status, text) = get(&node, Some("admin"), None, "/exec/ns/p/c?command=x").await;
+    let ask = |path: &'static str| get(&node, Some("admin"), None, path);
+    assert_eq!(
+        ask("/exec/ns/p/c?command=x&output=1").await,
+        (500, "Upgrade request required".to_owned())
+    );
+    let (status, text) = ask("/exec/ns/p/c?command=x").await;
     assert!(
         status == 400 && text.contains("at least 1 of stdin"),
         "{text}"
     );
+    assert_eq!(
+        ask("/exec/ns/nobody/c?output=1").await,
+        (404, "pod does not exist".to_owned())
+    );
+    assert_eq!(
+        ask("/exec/ns/p/d?output=1").await,
+        (500, "container not found (\"d\")".to_owned())
+    );
+    assert_eq!(ask("/exec/ns/p/uid-2/c?output=1").await.0, 500);
+    assert_eq!(
+        ask("/portForward/ns/nobody").await,
+        (404, "pod does not exist".to_owned())
+    );
+    assert_eq!(ask("/run/ns/p/c?cmd=id").await.0, 405);
+    assert_eq!(ask("/attach/ns").await.0, 404);
 }

@@ -3,6 +3,7 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use std::borrow::Cow;
 
 /// Channel numbers.
 pub const STDIN: u8 = 0;
@@ -49,17 +50,20 @@ pub const PROTOCOLS: [Protocol; 6] = [
     protocol("", false, false, false),
 ];
 
-/// The first protocol a client offers that we serve; without an offer, the oldest.
-pub fn negotiate(offers: &[String]) -> Option<Protocol> {
-    if offers.is_empty() {
-        return Some(PROTOCOLS[5]);
-    }
-    let named = |offer: &String| {
-        PROTOCOLS
-            .iter()
-            .find(|p| !p.name.is_empty() && p.name == offer)
-    };
-    offers.iter().find_map(named).copied()
+/// The names of [`PROTOCOLS`].
+pub const NAMES: &[&str] = &[
+    PROTOCOLS[0].name,
+    PROTOCOLS[1].name,
+    PROTOCOLS[2].name,
+    PROTOCOLS[3].name,
+    PROTOCOLS[4].name,
+    PROTOCOLS[5].name,
+];
+
+/// A protocol by its name; the oldest for an unknown one.
+pub fn named(name: &str) -> Protocol {
+    let found = PROTOCOLS.iter().find(|p| p.name == name);
+    *found.unwrap_or(&PROTOCOLS[5])
 }
 
 /// What a client sent.
@@ -76,25 +80,26 @@ pub enum Input {
 }
 
 impl Protocol {
-    /// Reads a message.
-    pub fn decode(&self, message: &[u8]) -> Input {
-        let Some((&first, payload)) = message.split_first() else {
-            return Input::Ignored;
-        };
-        let decoded;
-        let (channel, payload) = if self.base64 {
-            match STANDARD.decode(payload) {
-                Ok(bytes) => decoded = bytes,
-                Err(_) => return Input::Ignored,
-            }
-            (first.wrapping_sub(b'0'), decoded.as_slice())
+    /// The channel of a message and its payload; none when it has neither.
+    pub fn split<'a>(&self, message: &'a [u8]) -> Option<(u8, Cow<'a, [u8]>)> {
+        let (&first, payload) = message.split_first()?;
+        if self.base64 {
+            let payload = STANDARD.decode(payload).ok()?;
+            Some((first.wrapping_sub(b'0'), Cow::Owned(payload)))
         } else {
-            (first, payload)
+            Some((first, Cow::Borrowed(payload)))
+        }
+    }
+
+    /// Reads a message of exec or attach.
+    pub fn decode(&self, message: &[u8]) -> Input {
+        let Some((channel, payload)) = self.split(message) else {
+            return Input::Ignored;
         };
         match channel {
             STDIN if payload.is_empty() => Input::Ignored,
-            STDIN => Input::Stdin(payload.to_vec()),
-            RESIZE => size(payload).map_or(Input::Ignored, |(w, h)| Input::Resize(w, h)),
+            STDIN => Input::Stdin(payload.into_owned()),
+            RESIZE => size(&payload).map_or(Input::Ignored, |(w, h)| Input::Resize(w, h)),
             CLOSE if self.close && payload.first() == Some(&STDIN) => Input::StdinClosed,
             _ => Input::Ignored,
         }
@@ -116,16 +121,20 @@ impl Protocol {
 
 /// `{"Width":80,"Height":24}`.
 fn size(payload: &[u8]) -> Option<(u16, u16)> {
-    let value: serde_json::Value = serde_json::from_slice(payload).ok()?;
+    size_of(&serde_json::from_slice(payload).ok()?)
+}
+
+/// The same, already read.
+pub fn size_of(value: &serde_json::Value) -> Option<(u16, u16)> {
     let field = |name: &str| value.get(name)?.as_u64()?.try_into().ok();
     Some((field("Width")?, field("Height")?))
 }
 
-/// The last word on the error channel: a `Status` object, or for the oldest protocols a line of
-/// text (nothing on success).
-pub fn result_message(protocol: &Protocol, result: &Result<i32, String>) -> Option<Vec<u8>> {
+/// The last word on the error channel: a `Status` object, or for older protocols (without
+/// `status`) a line of text and nothing on success.
+pub fn result_message(status: bool, result: &Result<i32, String>) -> Option<Vec<u8>> {
     let failure = |message: &str| message.as_bytes().to_vec();
-    let text = match (result, protocol.status) {
+    let text = match (result, status) {
         (Ok(0), false) => return None,
         (Ok(0), true) => serde_json::json!({"metadata": {}, "status": "Success"}),
         (Ok(code), false) => {
@@ -157,25 +166,6 @@ pub fn result_message(protocol: &Protocol, result: &Result<i32, String>) -> Opti
 mod tests {
     use super::*;
 
-    fn offers(names: &[&str]) -> Option<&'static str> {
-        let names: Vec<_> = names.iter().map(|n| (*n).to_owned()).collect();
-        negotiate(&names).map(|p| p.name)
-    }
-
-    #[test]
-    fn the_clients_first_known_protocol_wins() {
-        assert_eq!(
-            offers(&["v5.channel.k8s.io", "v4.channel.k8s.io"]),
-            Some("v5.channel.k8s.io")
-        );
-        assert_eq!(
-            offers(&["v9.channel.k8s.io", "channel.k8s.io"]),
-            Some("channel.k8s.io")
-        );
-        assert_eq!(offers(&[]), Some(""));
-        assert_eq!(offers(&["SPDY/3.1+portforward.k8s.io"]), None);
-    }
-
     #[test]
     fn messages_are_read_by_channel() {
         let v5 = PROTOCOLS[0];
@@ -193,8 +183,9 @@ mod tests {
 
     #[test]
     fn the_result_has_the_form_clients_parse() {
-        let text =
-            |p: usize, r| result_message(&PROTOCOLS[p], &r).map(|b| String::from_utf8(b).unwrap());
+        let text = |p: usize, r| {
+            result_message(PROTOCOLS[p].status, &r).map(|b| String::from_utf8(b).unwrap())
+        };
         assert_eq!(text(3, Ok(0)), None);
         assert!(text(0, Ok(0)).unwrap().contains("\"Success\""));
         let failed = text(1, Ok(3)).unwrap();

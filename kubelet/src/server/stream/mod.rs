@@ -1,19 +1,28 @@
-//! exec and attach over WebSocket: the upgrade and who may be addressed.
+//! exec, attach and port-forward: streams over WebSockets and SPDY.
+//!
+//! ```text
+//!  upgrade   which protocol, and the answer                                        pure
+//!  channel   what messages of the WebSocket channel protocols mean                 pure
+//!  wire      a client of exec or attach: [`wire::Incoming`], [`wire::Outgoing`]
+//!  websocket, remote   the two kinds of wire: WebSocket and SPDY
+//!  pump      bytes between a wire and a session of the engine
+//!  forward, channels   port-forward over SPDY, and over WebSocket channels
+//!  serve     the handlers: who is addressed, upgrade, run
+//! ```
 
 pub mod channel;
+mod channels;
+mod forward;
 pub mod pump;
+mod remote;
 mod serve;
+#[cfg(test)]
+mod tests;
+pub mod upgrade;
+mod websocket;
+pub mod wire;
 
-use channel::Protocol;
-use http_body_util::Empty;
-use hyper::body::Bytes;
-use hyper::header::{
-    CONNECTION, HeaderMap, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
-    SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, UPGRADE,
-};
-use hyper::{Response, StatusCode};
 use runtime::service::ExecRequest;
-use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 /// What a client wants of a session, from the query.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -66,69 +75,4 @@ impl StreamOptions {
             stderr: self.stderr,
         }
     }
-}
-
-/// The protocol agreed on, and the answer that says so.
-pub type Accepted = (Protocol, Response<Empty<Bytes>>);
-/// The status and the sentence of a refusal.
-pub type Refused = (StatusCode, String);
-
-/// Checks an upgrade request (RFC 6455 §4.2) and makes its answer.
-///
-/// # Errors
-/// The status and sentence for a request that is no WebSocket upgrade we can serve.
-pub fn accept(headers: &HeaderMap) -> Result<Accepted, Refused> {
-    let has = |name, word: &str| {
-        headers
-            .get_all(name)
-            .iter()
-            .filter_map(|v| v.to_str().ok())
-            .any(|v| v.split(',').any(|w| w.trim().eq_ignore_ascii_case(word)))
-    };
-    if has(UPGRADE, "SPDY/3.1") {
-        let text = "unable to upgrade: this kubelet serves exec and attach over WebSocket \
-                    (v5.channel.k8s.io), not SPDY/3.1";
-        return Err((StatusCode::BAD_REQUEST, text.to_owned()));
-    }
-    if !has(CONNECTION, "upgrade") || !has(UPGRADE, "websocket") {
-        return Err((
-            StatusCode::BAD_REQUEST,
-            "Upgrade request required".to_owned(),
-        ));
-    }
-    let key = headers.get(SEC_WEBSOCKET_KEY);
-    let Some(key) = key.filter(|_| has(SEC_WEBSOCKET_VERSION, "13")) else {
-        let text = "a WebSocket upgrade needs Sec-WebSocket-Key and Sec-WebSocket-Version: 13";
-        return Err((StatusCode::BAD_REQUEST, text.to_owned()));
-    };
-    let offers: Vec<String> = headers
-        .get_all(SEC_WEBSOCKET_PROTOCOL)
-        .iter()
-        .filter_map(|v| v.to_str().ok())
-        .flat_map(|v| v.split(','))
-        .map(|w| w.trim().to_owned())
-        .filter(|w| !w.is_empty())
-        .collect();
-    let Some(protocol) = channel::negotiate(&offers) else {
-        let text = format!(
-            "unable to upgrade: no protocol of {} is served",
-            offers.join(", ")
-        );
-        return Err((StatusCode::BAD_REQUEST, text));
-    };
-    let mut response = Response::new(Empty::new());
-    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-    let answer = response.headers_mut();
-    answer.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
-    answer.insert(UPGRADE, HeaderValue::from_static("websocket"));
-    if let Ok(accept) = HeaderValue::from_str(&derive_accept_key(key.as_bytes())) {
-        answer.insert(SEC_WEBSOCKET_ACCEPT, accept);
-    }
-    if !protocol.name.is_empty() {
-        answer.insert(
-            SEC_WEBSOCKET_PROTOCOL,
-            HeaderValue::from_static(protocol.name),
-        );
-    }
-    Ok((protocol, response))
 }

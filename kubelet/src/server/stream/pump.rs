@@ -1,84 +1,106 @@
-//! Moves bytes between a WebSocket and the descriptors of an exec or attach session.
+//! Moves bytes between a client and the descriptors of an exec or attach session.
+//!
+//! One future per session. Input, both outputs and the exit move on their own, so that a program
+//! that writes before it has read all (`cat`) never waits for us and we never for it.
 
-use super::channel::{self, Input, Protocol};
-use futures::{SinkExt, StreamExt};
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
+use super::channel::{self, Input};
+use super::wire::{Incoming, Outgoing};
 use runtime::service::{RuntimeService, StreamSession};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
-use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::protocol::CloseFrame;
-use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
-use tokio_tungstenite::tungstenite::{Bytes, Error, Message, Utf8Bytes};
-
-type Socket = WebSocketStream<TokioIo<Upgraded>>;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 /// How much is read from a pipe at a time.
 const CHUNK: usize = 32 * 1024;
-/// Messages from the pipes that wait for the socket; each is at most a chunk.
-const QUEUE: usize = 8;
-/// How long output may come after the process has ended: what it left in the pipes is read at
-/// once, a child that keeps them open does not hold the client for ever.
+/// Pieces of input that wait for the process; each is at most what the client sends at once.
+const INPUT_QUEUE: usize = 16;
+/// How long the outputs may be quiet after the process has ended: what it left in the pipes is
+/// read at once, a child that keeps them open does not hold the client for ever.
 const AFTER_EXIT: Duration = Duration::from_secs(1);
-/// How long a client may take to answer our close.
+/// How long a client may take to answer our goodbye.
 const CLOSE_ANSWER: Duration = Duration::from_secs(5);
 
-/// What ends a session.
-enum Step {
-    Socket(Option<Result<Message, Error>>),
-    Output(Option<(u8, Vec<u8>)>),
-    Exit(Option<i32>),
-    Idle,
+/// Whose streams they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Those of a process of its own: it is killed when the client leaves, its exit code told.
+    Exec,
+    /// Those of the container: it goes on when the client leaves, and its end is a success here.
+    Attach,
 }
 
 /// Serves one session to its end: output to the client, input to the process, the result last.
-pub async fn run<R: RuntimeService>(
-    mut socket: Socket,
-    protocol: Protocol,
+pub async fn run<R, I, O>(
+    mut input: I,
+    output: O,
+    kind: Kind,
     runtime: Arc<R>,
     session: Result<StreamSession, String>,
     idle_timeout: Duration,
-) {
+) where
+    R: RuntimeService,
+    I: Incoming,
+    O: Outgoing,
+{
+    let output = tokio::sync::Mutex::new(output);
     let result = match session {
-        Ok(session) => serve(&mut socket, protocol, &*runtime, session, idle_timeout).await,
+        Ok(session) => {
+            let id = session.id.clone();
+            let result = serve(&mut input, &output, kind, &*runtime, session, idle_timeout).await;
+            match (kind, &result) {
+                (Kind::Exec, Ended::Left | Ended::Idle(_)) => {
+                    let _ = runtime.kill_exec(&id).await;
+                }
+                (Kind::Exec, Ended::Result(_)) | (Kind::Attach, _) => {}
+            }
+            result.told(kind)
+        }
         Err(message) => Some(Err(message)),
     };
-    if let Some(result) = result
-        && let Some(text) = channel::result_message(&protocol, &result)
-    {
-        let _ = socket.send(message(protocol, channel::ERROR, &text)).await;
-    }
-    close(socket).await;
-}
-
-/// Ends the connection as clients expect: with code 1000 (kubectl takes any other, also none, for
-/// a lost connection), and only after theirs has come, so that no reset overtakes the last bytes.
-async fn close(mut socket: Socket) {
-    let normal = CloseFrame {
-        code: CloseCode::Normal,
-        reason: Utf8Bytes::default(),
-    };
-    if socket.close(Some(normal)).await.is_err() {
-        return;
-    }
-    let rest = async { while let Some(Ok(_)) = socket.next().await {} };
-    // A client that never answers has all there is; its connection is dropped.
+    output.into_inner().end(result.as_ref()).await;
+    // The connection is dropped only after the client's own goodbye, so that no reset overtakes
+    // the last bytes. One that never answers has all there is.
+    let rest = async { while input.next().await.is_some() {} };
     let _ = tokio::time::timeout(CLOSE_ANSWER, rest).await;
 }
 
-/// The exit code, an error, or nothing when the client left.
-async fn serve<R: RuntimeService>(
-    socket: &mut Socket,
-    protocol: Protocol,
+/// How a session came to its end.
+#[derive(Debug)]
+enum Ended {
+    /// The process or container ended so; or it can no longer be told how.
+    Result(Result<i32, String>),
+    /// The client left.
+    Left,
+    /// Nothing moved for so long.
+    Idle(Duration),
+}
+
+impl Ended {
+    /// What the client is told.
+    fn told(self, kind: Kind) -> Option<Result<i32, String>> {
+        match (self, kind) {
+            (Self::Result(result), Kind::Exec) => Some(result),
+            // The container's exit code is in its status; kubectl takes a failure for ours.
+            (Self::Result(result), Kind::Attach) => Some(result.map(|_| 0)),
+            (Self::Left, _) => None,
+            (Self::Idle(limit), _) => Some(Err(format!("no traffic for {} s", limit.as_secs()))),
+        }
+    }
+}
+
+async fn serve<R: RuntimeService, I: Incoming, O: Outgoing>(
+    input: &mut I,
+    output: &tokio::sync::Mutex<O>,
+    kind: Kind,
     runtime: &R,
     session: StreamSession,
     idle_timeout: Duration,
-) -> Option<Result<i32, String>> {
+) -> Ended {
     let StreamSession {
         id,
         stdin,
@@ -86,156 +108,166 @@ async fn serve<R: RuntimeService>(
         stderr,
         mut exit,
     } = session;
-    let (tx, mut output) = mpsc::channel(QUEUE);
-    let lowest = if stdout.is_some() {
-        channel::STDOUT
-    } else {
-        channel::STDERR
+    let opened = [stdin, stdout, stderr].map(|fd| fd.map(nonblocking).transpose());
+    let (stdin, stdout, stderr) = match opened {
+        [Ok(stdin), Ok(stdout), Ok(stderr)] => (stdin, stdout, stderr),
+        [Err(e), ..] | [_, Err(e), _] | [.., Err(e)] => {
+            return Ended::Result(Err(format!("open the streams of the session: {e}")));
+        }
     };
-    let copy = async {
-        tokio::join!(
-            copy_out(stdout, channel::STDOUT, tx.clone()),
-            copy_out(stderr, channel::STDERR, tx)
-        )
-    };
-    tokio::pin!(copy);
-    let mut input = match stdin.map(nonblocking).transpose() {
-        Ok(input) => input,
-        Err(e) => return Some(Err(format!("open stdin of the session: {e}"))),
+    let lowest = match (&stdout, &stderr) {
+        (Some(_), _) => channel::STDOUT,
+        (None, Some(_)) => channel::STDERR,
+        (None, None) => channel::ERROR,
     };
     // An empty message tells clients that the session is open.
-    if socket.send(message(protocol, lowest, &[])).await.is_err() {
-        return None;
+    if output.lock().await.send(lowest, &[]).await.is_err() {
+        return Ended::Left;
     }
-    let (mut copied, mut exited) = (false, None);
-    let idle = tokio::time::sleep(idle_timeout);
-    tokio::pin!(idle);
+    let activity = Activity::default();
+    let exited = CancellationToken::new();
+    let (feed, fed) = mpsc::channel(INPUT_QUEUE);
+    let listening = listen(input, feed, runtime, &id, &activity);
+    let feeding = feed_stdin(stdin, fed);
+    // The two outputs take turns at the connection; the lock orders them within this future.
+    let copying = async {
+        tokio::try_join!(
+            copy_out(stdout, channel::STDOUT, output, &exited, &activity),
+            copy_out(stderr, channel::STDERR, output, &exited, &activity)
+        )
+    };
+    tokio::pin!(listening, feeding, copying);
+    let (mut copied, mut code) = (false, None);
     loop {
-        // Every arm is cancel-safe: channel and socket reads lose nothing, `copy` and `exit` are
-        // polled by reference.
-        let step = tokio::select! {
+        // Every arm is polled by reference and goes on where it was.
+        tokio::select! {
             biased;
-            // The copies only move while polled; their output arrives in `output`.
-            _ = &mut copy, if !copied => { copied = true; continue }
-            out = output.recv() => Step::Output(out),
-            code = &mut exit, if exited.is_none() => Step::Exit(code.ok()),
-            message = socket.next() => Step::Socket(message),
-            () = &mut idle => Step::Idle,
-        };
-        match step {
-            Step::Output(Some((channel, bytes))) => {
-                if socket
-                    .send(message(protocol, channel, &bytes))
-                    .await
-                    .is_err()
-                {
-                    let _ = runtime.kill_exec(&id).await;
-                    return None;
-                }
+            () = &mut feeding => {}
+            done = &mut copying, if !copied => match done {
+                Ok(_) => copied = true,
+                Err(_gone) => return Ended::Left,
+            },
+            ended = &mut exit, if code.is_none() => {
+                code = Some(ended.map_err(|_| "the session was lost".to_owned()));
+                exited.cancel();
             }
-            // Both outputs have ended; only the exit code is missing.
-            Step::Output(None) => {
-                return match exited {
-                    Some(code) => Some(code),
-                    None => Some(wait_for_exit(&mut exit).await),
-                };
-            }
-            Step::Exit(code) => {
-                exited = Some(code.ok_or_else(|| "the session was lost".to_owned()));
-                idle.as_mut()
-                    .reset(tokio::time::Instant::now() + AFTER_EXIT);
-                continue;
-            }
-            Step::Socket(Some(Ok(received))) => {
-                if matches!(received, Message::Close(_)) {
-                    let _ = runtime.kill_exec(&id).await;
-                    return None;
-                }
-                act(received, protocol, runtime, &id, &mut input).await;
-            }
-            Step::Socket(Some(Err(_)) | None) => {
-                let _ = runtime.kill_exec(&id).await;
-                return None;
-            }
-            Step::Idle => {
-                if exited.is_none() {
-                    let _ = runtime.kill_exec(&id).await;
-                }
-                return Some(exited.unwrap_or_else(|| {
-                    Err(format!("no traffic for {} s", idle_timeout.as_secs()))
-                }));
-            }
+            () = &mut listening => return Ended::Left,
+            () = activity.idle(idle_timeout) => return Ended::Idle(idle_timeout),
         }
-        let rest = if exited.is_some() {
-            AFTER_EXIT
-        } else {
-            idle_timeout
-        };
-        idle.as_mut().reset(tokio::time::Instant::now() + rest);
+        if copied && let Some(code) = code.take() {
+            return Ended::Result(code);
+        }
+        if copied && kind == Kind::Attach {
+            // The shim lets go of the outputs only at the end, or of a client that is too slow.
+            let ended = tokio::time::timeout(AFTER_EXIT, &mut exit).await;
+            let slow = "the client fell too far behind the container's output";
+            return Ended::Result(ended.map_or(Err(slow.to_owned()), |_| Ok(0)));
+        }
     }
 }
 
-async fn wait_for_exit(exit: &mut tokio::sync::oneshot::Receiver<i32>) -> Result<i32, String> {
-    exit.await.map_err(|_| "the session was lost".to_owned())
+/// When something last moved. Shared by the parts of one future; held for an assignment only.
+struct Activity(Mutex<Instant>);
+
+impl Default for Activity {
+    fn default() -> Self {
+        Self(Mutex::new(Instant::now()))
+    }
 }
 
-/// Input, resize and half-close from the client.
-async fn act<R: RuntimeService>(
-    received: Message,
-    protocol: Protocol,
+impl Activity {
+    fn touch(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    async fn idle(&self, limit: Duration) {
+        loop {
+            let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            if last + limit <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(last + limit).await;
+        }
+    }
+}
+
+/// Reads what the client sends until it is gone.
+async fn listen<R: RuntimeService, I: Incoming>(
+    input: &mut I,
+    feed: mpsc::Sender<Vec<u8>>,
     runtime: &R,
     id: &str,
-    input: &mut Option<AsyncFd<OwnedFd>>,
+    activity: &Activity,
 ) {
-    let bytes = match &received {
-        Message::Binary(bytes) => bytes.as_ref(),
-        Message::Text(text) => text.as_bytes(),
-        Message::Ping(_) | Message::Pong(_) | Message::Close(_) | Message::Frame(_) => return,
-    };
-    match protocol.decode(bytes) {
-        Input::Stdin(bytes) => {
-            if let Some(fd) = input
-                && write_all(fd, &bytes).await.is_err()
-            {
-                // The process closed its input; what else comes is for nobody.
-                *input = None;
+    let mut feed = Some(feed);
+    while let Some(received) = input.next().await {
+        activity.touch();
+        match received {
+            Input::Stdin(bytes) => {
+                if let Some(open) = &feed
+                    && open.send(bytes).await.is_err()
+                {
+                    feed = None;
+                }
             }
+            Input::StdinClosed => feed = None,
+            Input::Resize(width, height) => {
+                let _ = runtime.resize_tty(id, width, height).await;
+            }
+            Input::Ignored => {}
         }
-        Input::StdinClosed => *input = None,
-        Input::Resize(width, height) => {
-            let _ = runtime.resize_tty(id, width, height).await;
-        }
-        Input::Ignored => {}
     }
 }
 
-fn message(protocol: Protocol, channel: u8, payload: &[u8]) -> Message {
-    let bytes = protocol.encode(channel, payload);
-    if protocol.base64 {
-        Message::text(String::from_utf8_lossy(&bytes).into_owned())
-    } else {
-        Message::Binary(Bytes::from(bytes))
+/// Gives the process its input, and closes it after the last. Never ends: there is nothing to
+/// tell of it.
+async fn feed_stdin(mut stdin: Option<AsyncFd<OwnedFd>>, mut fed: mpsc::Receiver<Vec<u8>>) {
+    while let Some(bytes) = fed.recv().await {
+        if let Some(fd) = &stdin
+            && write_all(fd, &bytes).await.is_err()
+        {
+            // The process closed its input; what else comes is for nobody.
+            stdin = None;
+        }
     }
+    drop(stdin);
+    std::future::pending().await
 }
 
-/// Copies a pipe or terminal into the channel until its end.
-async fn copy_out(fd: Option<OwnedFd>, channel: u8, out: mpsc::Sender<(u8, Vec<u8>)>) {
-    let Some(Ok(fd)) = fd.map(nonblocking) else {
-        return;
-    };
+/// Copies a pipe or terminal to the client until its end, or until it is quiet after the exit.
+///
+/// # Errors
+/// When the client is gone.
+async fn copy_out<O: Outgoing>(
+    fd: Option<AsyncFd<OwnedFd>>,
+    channel: u8,
+    output: &tokio::sync::Mutex<O>,
+    exited: &CancellationToken,
+    activity: &Activity,
+) -> io::Result<()> {
+    let Some(fd) = fd else { return Ok(()) };
     let mut buffer = vec![0; CHUNK];
     loop {
-        let Ok(mut guard) = fd.readable().await else {
-            return;
+        let readable = async {
+            tokio::select! {
+                biased;
+                guard = fd.readable() => guard,
+                () = exited.cancelled() => {
+                    let rest = tokio::time::timeout(AFTER_EXIT, fd.readable()).await;
+                    rest.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+                }
+            }
+        };
+        let Ok(mut guard) = readable.await else {
+            return Ok(());
         };
         let read = guard.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut buffer)?));
         match read {
             // A terminal whose last user has gone answers EIO: its end.
-            Ok(Ok(0) | Err(_)) => return,
+            Ok(Ok(0) | Err(_)) => return Ok(()),
             Ok(Ok(n)) => {
-                if out.send((channel, buffer[..n].to_vec())).await.is_err() {
-                    return;
-                }
+                output.lock().await.send(channel, &buffer[..n]).await?;
+                activity.touch();
             }
             Err(_would_block) => {}
         }
