@@ -37,6 +37,7 @@ use crate::source::file::FileSettings;
 use crate::source::http::HttpSettings;
 use crate::source::{self, PodChange, Source};
 use crate::status::publish::{KubeStatusApi, StatusPublisher};
+use crate::userns::{self, UserNamespaces};
 use crate::volumes::{Volumes, VolumesConfig};
 use runtime::Engine;
 use runtime::config::{CgroupDriver, EngineConfig};
@@ -81,6 +82,9 @@ pub enum AgentError {
     /// The volumes of pods.
     #[error("open volumes: {0}")]
     Volumes(String),
+    /// Ids for pods' user namespaces.
+    #[error("{0}")]
+    UserNamespaces(String),
     /// A listener.
     #[error("serve {what}: {message}")]
     Serve {
@@ -234,6 +238,11 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         };
         let volumes = Volumes::new(settings, objects.clone(), client.clone())
             .map_err(|e| AgentError::Volumes(e.to_string()))?;
+        let user_namespaces = userns::pool(Path::new("/etc"))
+            .and_then(|pool| {
+                UserNamespaces::open(&self.config.root_dir, pool, self.config.max_pods)
+            })
+            .map_err(|e| AgentError::UserNamespaces(e.to_string()))?;
         let environment = Arc::new(NodeEnvironment {
             runtime: self.runtime.clone(),
             context,
@@ -248,6 +257,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             )),
             client: NodeClient(client.clone()),
             burstable: Burstable::default(),
+            user_namespaces,
         });
         let (verdicts, probe_updates) = mpsc::channel(VERDICTS);
         let probes = Probes::new(
@@ -477,6 +487,7 @@ fn launch_context(config: &Config, handle: &NodeHandle) -> LaunchContext {
         hugepage_sizes: hugepage_sizes(),
         seccomp_default: config.seccomp_default,
         seccomp_root: config.root_dir.join("seccomp"),
+        masked_paths: throttle_counts(),
         root_dir: config.root_dir.clone(),
         pod_logs_dir: config.pod_logs_dir.clone(),
         log_max_bytes: config.container_log_max_size,
@@ -490,6 +501,18 @@ fn read_text(path: &Path) -> String {
         warn!(path = %path.display(), %error, "File cannot be read, going on without");
         String::new()
     })
+}
+
+/// Counts of each CPU's throttling for heat: they tell neighbours apart by their load.
+fn throttle_counts() -> Vec<String> {
+    let cpus = Path::new("/sys/devices/system/cpu");
+    let names = linux::fs::list_dir(cpus).unwrap_or_default();
+    let of_cpus = names.iter().filter_map(|name| {
+        let number = name.to_str()?.strip_prefix("cpu")?;
+        let path = cpus.join(name).join("thermal_throttle");
+        (number.parse::<u32>().is_ok() && path.exists()).then(|| path.display().to_string())
+    });
+    of_cpus.collect()
 }
 
 /// Huge page sizes as cgroups call them: `2MB`, `1GB`.

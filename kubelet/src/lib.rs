@@ -29,4 +29,5 @@ pub mod quantity;
 pub mod server;
 pub mod source;
 pub mod status;
+pub mod userns;
 pub mod volumes;

@@ -5,7 +5,7 @@
 //! All operations are idempotent: repeating one that succeeded succeeds; removing or stopping
 //! what is not there succeeds.
 
-pub use pod_shim::protocol::Propagation;
+pub use pod_shim::protocol::{Propagation, UserNamespace};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -150,6 +150,9 @@ pub struct SandboxConfig {
     pub ipc: NamespaceMode,
     /// RuntimeClass handler; the empty one and `ferrule` are ours, others fail.
     pub runtime_handler: String,
+    /// Ids of a user namespace of its own; none for the node's users.
+    #[serde(default)]
+    pub user_namespace: Option<UserNamespace>,
 }
 
 /// State of a sandbox.

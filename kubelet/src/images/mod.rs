@@ -19,7 +19,7 @@ pub use keyring::Keyring;
 use crate::config::ImageSettings;
 use crate::events::{EventSink, EventType, field_path};
 use backoff::BackOff;
-use k8s_openapi::api::core::v1::{Container, Pod, Secret};
+use k8s_openapi::api::core::v1::{Pod, Secret};
 use pace::Pace;
 use runtime::image::reference;
 use runtime::service::{ImageService, ImageStatus};
@@ -32,8 +32,12 @@ use tokio::time::Instant;
 pub struct PullRequest<'a> {
     /// For whom; back-off and events are per pod.
     pub pod: &'a Arc<Pod>,
-    /// Container, init container or ephemeral container in the shape of a container.
-    pub container: &'a Container,
+    /// The image as the user wrote it.
+    pub image: &'a str,
+    /// Its pull policy.
+    pub policy: Option<&'a str>,
+    /// The container that runs it; none for the image of a volume, whose events are the pod's.
+    pub container: Option<&'a str>,
     /// The pod's pull secrets that exist.
     pub secrets: &'a [Arc<Secret>],
 }
@@ -96,8 +100,8 @@ enum Policy {
 }
 
 /// The apiserver fills the policy in; static pods may come without.
-fn policy(container: &Container, tag: Option<&str>) -> Policy {
-    match container.image_pull_policy.as_deref() {
+fn policy(wanted: Option<&str>, tag: Option<&str>) -> Policy {
+    match wanted {
         Some("Always") => Policy::Always,
         Some("Never") => Policy::Never,
         Some("IfNotPresent") => Policy::IfNotPresent,
@@ -132,7 +136,7 @@ impl<R: ImageService> ImagePuller<R> {
     /// [`PullError`] with the stock kubelet's reason and message; events were emitted.
     pub async fn ensure(&self, request: PullRequest<'_>) -> Result<ImageStatus, PullError> {
         let result = self.ensure_quietly(&request).await;
-        if let Err(error) = &result {
+        if let (Err(error), Some(_)) = (&result, request.container) {
             let message = format!("Error: {}", error.reason());
             self.tell(&request, EventType::Warning, "Failed", message);
         }
@@ -140,7 +144,7 @@ impl<R: ImageService> ImagePuller<R> {
     }
 
     async fn ensure_quietly(&self, request: &PullRequest<'_>) -> Result<ImageStatus, PullError> {
-        let image = request.container.image.as_deref().unwrap_or_default();
+        let image = request.image;
         let name = reference::parse(image).map_err(|e| {
             let message = format!("Failed to apply default image tag {image:?}: {e}");
             self.tell(
@@ -155,7 +159,7 @@ impl<R: ImageService> ImagePuller<R> {
                 retry_after: None,
             }
         })?;
-        let policy = policy(request.container, name.tag());
+        let policy = policy(request.policy, name.tag());
         let present = match policy {
             Policy::Always => None,
             Policy::IfNotPresent | Policy::Never => self.runtime.status(image),
@@ -254,9 +258,9 @@ impl<R: ImageService> ImagePuller<R> {
         reason: &str,
         message: impl Into<String>,
     ) {
-        let path = field_path(request.pod, &request.container.name);
+        let path = request.container.map(|name| field_path(request.pod, name));
         self.events
-            .pod_event(request.pod, Some(&path), type_, reason, message);
+            .pod_event(request.pod, path.as_deref(), type_, reason, message);
     }
 }
 

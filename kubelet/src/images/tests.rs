@@ -1,4 +1,5 @@
 use super::*;
+use k8s_openapi::api::core::v1::Container;
 use runtime::service::{
     FsUsage, ImageConfig, ImageId, RegistryAuth, RuntimeError, RuntimeErrorKind,
 };
@@ -113,7 +114,9 @@ async fn ensure(
     puller
         .ensure(PullRequest {
             pod: &Arc::new(pod),
-            container,
+            image: container.image.as_deref().unwrap_or_default(),
+            policy: container.image_pull_policy.as_deref(),
+            container: Some(&container.name),
             secrets: &[],
         })
         .await

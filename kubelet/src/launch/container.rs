@@ -30,14 +30,23 @@ pub struct Inputs<'a> {
     pub context: &'a LaunchContext,
     /// The pod's volumes on the node.
     pub volumes: &'a PodVolumes,
-    /// The image as it is stored.
-    pub image: &'a ImageStatus,
+    /// The images as they are stored.
+    pub images: &'a ContainerImages,
     /// The pod's addresses, primary first; with the node's network the node's.
     pub pod_ips: &'a [IpAddr],
     /// The restart count.
     pub attempt: u32,
     /// Objects of the environment.
     pub objects: &'a EnvObjects,
+}
+
+/// The images a container is made of.
+#[derive(Debug, Clone)]
+pub struct ContainerImages {
+    /// The one it runs.
+    pub own: ImageStatus,
+    /// Those it mounts, by volume name.
+    pub volumes: BTreeMap<String, ImageStatus>,
 }
 
 /// A container as the engine takes it, and the files it needs first.
@@ -62,21 +71,14 @@ pub fn config(inputs: &Inputs<'_>) -> Result<ContainerLaunch, LaunchError> {
         ..
     } = *inputs;
     let env = environment(pod, container, context, inputs.objects, inputs.pod_ips)?;
-    let user = if inputs.image.user.is_empty() {
-        &inputs.image.config.user
+    let image = &inputs.images.own;
+    let user = if image.user.is_empty() {
+        &image.config.user
     } else {
-        &inputs.image.user
+        &image.user
     };
     let security = security(pod, container, context, user)?;
-    let MountPlan { mounts, files } = plan(
-        pod,
-        container,
-        context,
-        inputs.volumes,
-        &env,
-        inputs.pod_ips,
-        inputs.attempt,
-    )?;
+    let MountPlan { mounts, files } = plan(inputs, &env)?;
     let expand = |words: Option<&Vec<String>>| -> Vec<String> {
         words
             .into_iter()
@@ -88,7 +90,7 @@ pub fn config(inputs: &Inputs<'_>) -> Result<ContainerLaunch, LaunchError> {
     let config = ContainerConfig {
         name: container.name.clone(),
         attempt: inputs.attempt,
-        image: inputs.image.id.0.clone(),
+        image: image.id.0.clone(),
         user_image: container.image.clone().unwrap_or_default(),
         command: expand(container.command.as_ref()),
         args: expand(container.args.as_ref()),
@@ -173,7 +175,10 @@ mod tests {
                 ..LaunchContext::default()
             },
             volumes: &PodVolumes::default(),
-            image: &image,
+            images: &ContainerImages {
+                own: image,
+                volumes: BTreeMap::new(),
+            },
             pod_ips: &["10.0.0.2".parse().unwrap()],
             attempt: 4,
             objects: &EnvObjects::default(),

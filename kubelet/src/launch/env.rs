@@ -1,12 +1,13 @@
 //! A container's environment: envFrom, env with valueFrom and expansion, service variables.
 
+use super::env_file;
 use super::expand::expand;
 use super::fields::{env_field, resource_field};
 use super::service_env::service_env;
 use super::{EnvObjects, LaunchContext, LaunchError, pod_namespace};
 use k8s_openapi::api::core::v1::{
-    ConfigMap, ConfigMapKeySelector, Container, EnvFromSource, EnvVarSource, Pod, Secret,
-    SecretKeySelector,
+    ConfigMap, ConfigMapKeySelector, Container, EnvFromSource, EnvVarSource, FileKeySelector, Pod,
+    Secret, SecretKeySelector,
 };
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -200,10 +201,8 @@ impl Sources<'_> {
         if let Some(key) = &source.secret_key_ref {
             return self.secret_key(key);
         }
-        if source.file_key_ref.is_some() {
-            return Err(LaunchError::Config(
-                "environment from files (fileKeyRef) is not supported by this node".into(),
-            ));
+        if let Some(key) = &source.file_key_ref {
+            return self.file_key(key);
         }
         Ok(Some(String::new()))
     }
@@ -227,6 +226,25 @@ impl Sources<'_> {
         match secret.data.iter().flatten().find(|(k, _)| **k == key.key) {
             Some((_, value)) => Ok(Some(lossy(&value.0))),
             None => optional_or(optional, self.no_key(&key.key, "Secret", &key.name)),
+        }
+    }
+
+    fn file_key(&self, key: &FileKeySelector) -> Result<Option<String>, LaunchError> {
+        let place = (key.volume_name.clone(), key.path.clone());
+        let unread = || Err(LaunchError::Config("couldn't parse env file".into()));
+        let Some(Ok(file)) = self.objects.files.get(&place) else {
+            return unread();
+        };
+        match env_file::value(file, &key.key) {
+            Ok(value) if !value.is_empty() => Ok(Some(value)),
+            Ok(_) => optional_or(
+                key.optional == Some(true),
+                LaunchError::Config(format!(
+                    "environment variable key {:?} not found in file {:?}",
+                    key.key, key.path
+                )),
+            ),
+            Err(_) => unread(),
         }
     }
 
@@ -271,6 +289,39 @@ mod tests {
             config_maps: [("cm".into(), Some(Arc::new(map))), ("gone".into(), None)].into(),
             secrets: [("s".into(), Some(Arc::new(secret))), ("gone".into(), None)].into(),
             services: vec![Arc::new(service)],
+            files: [
+                (("v".into(), "env".into()), Ok("A='from file'\n".into())),
+                (("v".into(), "bad".into()), Ok("A".into())),
+            ]
+            .into(),
+        }
+    }
+
+    #[test]
+    fn a_value_comes_from_a_file_of_a_volume() {
+        let from = |path: &str, key: &str, optional: bool| {
+            let key = json!({"volumeName": "v", "path": path, "key": key, "optional": optional});
+            run(json!({"env": [{"name": "X", "valueFrom": {"fileKeyRef": key}}]}))
+        };
+        let x = |value: &str| ("X".to_owned(), value.to_owned());
+        assert!(from("env", "A", false).unwrap().contains(&x("from file")));
+        assert!(
+            !from("env", "B", true)
+                .unwrap()
+                .iter()
+                .any(|(n, _)| n == "X")
+        );
+        for (path, key, optional, want) in [
+            (
+                "env",
+                "B",
+                false,
+                "environment variable key \"B\" not found in file \"env\"",
+            ),
+            ("bad", "A", true, "couldn't parse env file"),
+            ("none", "A", true, "couldn't parse env file"),
+        ] {
+            assert_eq!(from(path, key, optional).unwrap_err().to_string(), want);
         }
     }
 

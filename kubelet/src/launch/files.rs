@@ -1,6 +1,9 @@
 //! Files on the node that a container mounts: planned purely, written here.
 
+use crate::volumes::PodVolumes;
+use k8s_openapi::api::core::v1::Container;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
+use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
@@ -216,6 +219,34 @@ fn open_in(root: &OwnedFd, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
         Mode::empty(),
         resolve,
     )?)
+}
+
+/// The longest environment file.
+const ENV_FILE_LIMIT: usize = 1 << 20;
+
+/// The environment files a container speaks of. Links are followed within the volume.
+pub fn env_files(
+    container: &Container,
+    volumes: &PodVolumes,
+) -> BTreeMap<(String, String), Result<String, String>> {
+    let sources = container.env.iter().flatten();
+    let keys = sources.filter_map(|e| e.value_from.as_ref()?.file_key_ref.as_ref());
+    let mut files = BTreeMap::new();
+    for key in keys {
+        let place = (key.volume_name.clone(), key.path.clone());
+        files.entry(place).or_insert_with(|| {
+            let volume = volumes.by_name.get(&key.volume_name);
+            let volume = volume.filter(|v| !v.path.as_os_str().is_empty());
+            let volume = volume.ok_or_else(|| {
+                let name = &key.volume_name;
+                format!("cannot find the volume {name:?} referenced by FileKeyRef")
+            })?;
+            let read = linux::fs::read_in_root(&volume.path, Path::new(&key.path), ENV_FILE_LIMIT);
+            let bytes = read.map_err(|e| e.to_string())?;
+            String::from_utf8(bytes).map_err(|e| e.to_string())
+        });
+    }
+    files
 }
 
 /// Whether something is at `path`, without following a link at its end.

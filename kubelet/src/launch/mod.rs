@@ -14,6 +14,7 @@
 pub mod container;
 pub mod dns;
 pub mod env;
+pub mod env_file;
 pub mod expand;
 pub mod fields;
 pub mod files;
@@ -93,6 +94,8 @@ pub struct LaunchContext {
     pub seccomp_default: bool,
     /// Root of localhost seccomp profiles (`<root-dir>/seccomp`).
     pub seccomp_root: PathBuf,
+    /// Paths of this machine that are hidden from containers besides the usual ones.
+    pub masked_paths: Vec<String>,
     /// The kubelet's root (`/var/lib/kubelet`).
     pub root_dir: PathBuf,
     /// Pod logs (`/var/log/pods`).
@@ -124,6 +127,7 @@ impl Default for LaunchContext {
             hugepage_sizes: Vec::new(),
             seccomp_default: false,
             seccomp_root: "/var/lib/kubelet/seccomp".into(),
+            masked_paths: Vec::new(),
             root_dir: "/var/lib/kubelet".into(),
             pod_logs_dir: "/var/log/pods".into(),
             log_max_bytes: 10 << 20,
@@ -139,6 +143,8 @@ pub struct EnvObjects {
     pub config_maps: BTreeMap<String, Option<Arc<ConfigMap>>>,
     /// Secrets of the pod's namespace by name.
     pub secrets: BTreeMap<String, Option<Arc<Secret>>>,
+    /// Environment files by volume and path in it, or why they cannot be read.
+    pub files: BTreeMap<(String, String), Result<String, String>>,
     /// All services of the cluster (only the pod's namespace and `default` are looked at).
     pub services: Vec<Arc<Service>>,
 }

@@ -1,14 +1,13 @@
 //! What a container mounts: its volumes, `/etc/hosts`, the termination message file.
 
+use super::container::Inputs;
 use super::expand::expand_sub_path;
 use super::files::HostFile;
 use super::hosts::hosts_file;
 use super::{LaunchContext, LaunchError, host_network, pod_directory};
-use crate::volumes::PodVolumes;
 use k8s_openapi::api::core::v1::{Container, Pod, VolumeMount};
 use runtime::service::Mount;
 use runtime::service::Propagation;
-use std::net::IpAddr;
 use std::path::{Component, Path, PathBuf};
 
 const HOSTS: &str = "/etc/hosts";
@@ -47,20 +46,20 @@ pub fn termination_file(
 ///
 /// # Errors
 /// A volume that is not there, a subPath that leads out of it, an unknown propagation.
-pub fn plan(
-    pod: &Pod,
-    container: &Container,
-    context: &LaunchContext,
-    volumes: &PodVolumes,
-    env: &[(String, String)],
-    pod_ips: &[IpAddr],
-    attempt: u32,
-) -> Result<MountPlan, LaunchError> {
+pub fn plan(inputs: &Inputs<'_>, env: &[(String, String)]) -> Result<MountPlan, LaunchError> {
+    let Inputs {
+        pod,
+        container,
+        context,
+        pod_ips,
+        attempt,
+        ..
+    } = *inputs;
     let mut plan = MountPlan::default();
     let mut hosts = host_network(pod) || !pod_ips.is_empty();
     for mount in container.volume_mounts.iter().flatten() {
         hosts &= mount.mount_path != HOSTS;
-        volume_mount(&mut plan, container, mount, volumes, env)?;
+        volume_mount(&mut plan, inputs, mount, env)?;
     }
     if hosts {
         let path = pod_directory(pod, context).join("etc-hosts");
@@ -103,25 +102,27 @@ fn absolute(path: &str) -> String {
 
 fn volume_mount(
     plan: &mut MountPlan,
-    container: &Container,
+    inputs: &Inputs<'_>,
     mount: &VolumeMount,
-    volumes: &PodVolumes,
     env: &[(String, String)],
 ) -> Result<(), LaunchError> {
-    let volume = volumes.by_name.get(&mount.name).ok_or_else(|| {
+    let volume = inputs.volumes.by_name.get(&mount.name).ok_or_else(|| {
         LaunchError::Config(format!(
             "cannot find volume {:?} to mount into container {:?}",
-            mount.name, container.name
+            mount.name, inputs.container.name
         ))
     })?;
     let sub_path = sub_path(mount, env)?;
-    if let Some(sub_path) = &sub_path {
+    let image = inputs.images.volumes.get(&mount.name);
+    if let Some(sub_path) = &sub_path
+        && image.is_none()
+    {
         plan.files.push(HostFile::SubPath {
             volume: volume.path.clone(),
             sub_path: sub_path.clone(),
             make: !volume.readonly,
             mount: mount.name.clone(),
-            container: container.name.clone(),
+            container: inputs.container.name.clone(),
         });
     }
     plan.mounts.push(Mount {
@@ -131,7 +132,7 @@ fn volume_mount(
         readonly: mount.read_only == Some(true) || volume.readonly,
         recursive_readonly: recursive_read_only(mount)?,
         propagation: propagation(mount)?,
-        image: None,
+        image: image.map(|i| i.id.clone()),
     });
     Ok(())
 }
@@ -194,9 +195,12 @@ fn recursive_read_only(mount: &VolumeMount) -> Result<bool, LaunchError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::EnvObjects;
+    use super::super::container::ContainerImages;
     use super::super::testing::pod_of;
     use super::*;
-    use crate::volumes::HostVolume;
+    use crate::volumes::{HostVolume, PodVolumes};
+    use runtime::service::{ImageConfig, ImageId, ImageStatus};
     use serde_json::{Value, json};
 
     fn of(mounts: Value) -> Result<MountPlan, LaunchError> {
@@ -208,18 +212,53 @@ mod tests {
                 .by_name
                 .insert(name.into(), HostVolume { path, readonly });
         }
+        let path = PathBuf::new();
+        let image = HostVolume {
+            path,
+            readonly: true,
+        };
+        volumes.by_name.insert("image".into(), image);
         let env = [("NAME".to_owned(), "x".to_owned())];
-        let container = &pod.spec.as_ref().unwrap().containers[0];
-        let ips = ["10.0.0.2".parse().unwrap()];
-        plan(
-            &pod,
-            container,
-            &LaunchContext::default(),
-            &volumes,
-            &env,
-            &ips,
-            3,
-        )
+        let images = ContainerImages {
+            own: stored("sha256:own"),
+            volumes: [("image".to_owned(), stored("sha256:other"))].into(),
+        };
+        let inputs = Inputs {
+            pod: &pod,
+            container: &pod.spec.as_ref().unwrap().containers[0],
+            context: &LaunchContext::default(),
+            volumes: &volumes,
+            images: &images,
+            pod_ips: &["10.0.0.2".parse().unwrap()],
+            attempt: 3,
+            objects: &EnvObjects::default(),
+        };
+        plan(&inputs, &env)
+    }
+
+    fn stored(id: &str) -> ImageStatus {
+        ImageStatus {
+            id: ImageId(id.to_owned()),
+            repo_tags: vec![],
+            repo_digests: vec![],
+            size_bytes: 0,
+            pinned: false,
+            user: String::new(),
+            config: ImageConfig::default(),
+        }
+    }
+
+    #[test]
+    fn a_volume_that_is_an_image_is_mounted_by_its_id_and_read_only() {
+        let mount = json!({"name": "image", "mountPath": "/i", "subPath": "etc"});
+        let plan = of(json!([mount])).unwrap();
+        let mount = &plan.mounts[0];
+        assert_eq!(mount.image, Some(ImageId("sha256:other".into())));
+        assert!(mount.readonly);
+        assert_eq!(mount.sub_path.as_deref(), Some("etc"));
+        let made = plan.files.iter();
+        let made = made.filter(|f| matches!(f, HostFile::SubPath { .. }));
+        assert_eq!(made.count(), 0);
     }
 
     #[test]

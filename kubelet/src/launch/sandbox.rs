@@ -12,7 +12,7 @@ use runtime::service::{NamespaceMode, PortMapping, SandboxConfig};
 use std::collections::BTreeSet;
 
 /// What the engine shall make for this pod. `attempt` counts the sandboxes before it. The
-/// handler of a RuntimeClass is for the caller to fill in.
+/// handler of a RuntimeClass and the ids of a user namespace are for the caller to fill in.
 ///
 /// # Errors
 /// Host names that cannot be.
@@ -68,6 +68,7 @@ pub fn config(
         },
         ipc: node_or_pod(flag(spec.and_then(|s| s.host_ipc))),
         runtime_handler: String::new(),
+        user_namespace: None,
     })
 }
 

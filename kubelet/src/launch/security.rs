@@ -46,6 +46,11 @@ fn image_user(user: &str) -> ImageUser<'_> {
     }
 }
 
+/// Whether the pod has users of its own instead of the node's.
+pub fn own_users(pod: &Pod) -> bool {
+    pod.spec.as_ref().and_then(|s| s.host_users) == Some(false)
+}
+
 /// The container's privileges. `user` is the image's USER.
 ///
 /// # Errors
@@ -69,12 +74,12 @@ pub fn security(
     }
     let privileged = own.and_then(|c| c.privileged) == Some(true);
     let unmasked = own.and_then(|c| c.proc_mount.as_deref()) == Some("Unmasked");
-    let paths = |list: &[&str]| {
+    let paths = |list: &[&str], more: &[String]| -> Vec<String> {
         if privileged || unmasked {
-            Vec::new()
-        } else {
-            list.iter().map(|p| (*p).to_owned()).collect()
+            return Vec::new();
         }
+        let list = list.iter().map(|p| (*p).to_owned());
+        list.chain(more.iter().cloned()).collect()
     };
     let capabilities = own.and_then(|c| c.capabilities.as_ref());
     let bare = |list: Option<&Vec<String>>| -> Vec<String> {
@@ -114,8 +119,8 @@ pub fn security(
         },
         readonly_rootfs: own.and_then(|c| c.read_only_root_filesystem) == Some(true),
         no_new_privs: own.and_then(|c| c.allow_privilege_escalation) == Some(false),
-        masked_paths: paths(&MASKED),
-        readonly_paths: paths(&READ_ONLY),
+        masked_paths: paths(&MASKED, &context.masked_paths),
+        readonly_paths: paths(&READ_ONLY, &[]),
         seccomp: seccomp(
             own.and_then(|c| c.seccomp_profile.as_ref())
                 .or_else(|| pod_context.and_then(|c| c.seccomp_profile.as_ref())),

@@ -55,6 +55,8 @@ pub struct Machine {
     pub os_image: String,
     /// Go's name of the architecture.
     pub architecture: String,
+    /// Whether pods may have users of their own here.
+    pub user_namespaces: bool,
 }
 
 fn text(path: impl AsRef<Path>) -> String {
@@ -144,7 +146,25 @@ pub fn machine() -> Machine {
         kernel_version: uname.release().to_string_lossy().into_owned(),
         os_image: pretty_name(os_release.iter().find(|t| !t.is_empty()).map_or("", |t| t)),
         architecture: go_arch(&uname.machine().to_string_lossy()).to_owned(),
+        user_namespaces: has_user_namespaces(
+            &uname.release().to_string_lossy(),
+            &text("/proc/sys/user/max_user_namespaces"),
+        ),
     }
+}
+
+/// Whether the kernel mounts overlays layer by layer (6.5), by which their ids can be mapped, and
+/// makes user namespaces at all.
+fn has_user_namespaces(release: &str, most: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || {
+        numbers
+            .next()
+            .and_then(|n| n.parse::<u32>().ok())
+            .unwrap_or(0)
+    };
+    let version = (number(), number());
+    version >= (6, 5) && most.parse::<u64>().is_ok_and(|n| n > 0)
 }
 
 /// Space and inodes of the filesystem a path is on (of its nearest parent that exists).
@@ -189,6 +209,15 @@ pub fn usage(nodefs: &Path, imagefs: &Path) -> Usage {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn user_namespaces_need_a_kernel_that_has_them() {
+        assert!(has_user_namespaces("6.18.44-fc-v669", "96365"));
+        assert!(has_user_namespaces("7.0.0", "1"));
+        for (release, most) in [("6.1.0-18-cloud", "9"), ("6.18.0", "0"), ("6.18.0", "")] {
+            assert!(!has_user_namespaces(release, most));
+        }
+    }
 
     #[test]
     fn kernel_texts_are_read() {

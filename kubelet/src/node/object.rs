@@ -156,7 +156,7 @@ pub fn status(inputs: StatusInputs<'_>) -> NodeStatus {
         name: Some(name.to_owned()),
         features: Some(NodeRuntimeHandlerFeatures {
             recursive_read_only_mounts: Some(true),
-            user_namespaces: Some(false),
+            user_namespaces: Some(machine.user_namespaces),
         }),
     };
     let features = DECLARED_FEATURES.iter().map(|f| (*f).to_owned()).collect();

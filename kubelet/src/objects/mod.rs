@@ -170,6 +170,7 @@ impl Objects {
             config_maps: config_maps.into_iter().collect(),
             secrets: secrets.into_iter().collect(),
             services,
+            ..EnvObjects::default()
         })
     }
 

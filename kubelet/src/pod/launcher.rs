@@ -5,15 +5,17 @@ use super::admission::{self, AdmissionContext};
 use super::environment::{PodEnvironment, Rejection, StartContext, StepError};
 use super::spec;
 use super::state::EndingNote;
-use crate::events::{EventSink, EventType};
-use crate::images::{ImagePuller, PullRequest};
+use crate::events::{EventSink, EventType, field_path};
+use crate::images::{ImagePuller, PullError, PullRequest};
+use crate::launch::container::ContainerImages;
 use crate::launch::resources::{cpu_shares, pod_totals};
 use crate::launch::{self, LaunchContext, LaunchError, qos};
 use crate::objects::Objects;
 use crate::quantity::Quantity;
+use crate::userns::UserNamespaces;
 use crate::volumes::{PodVolumes, Volumes};
 use arc_swap::ArcSwap;
-use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::api::core::v1::{Container, Pod, Secret};
 use k8s_openapi::api::node::v1::RuntimeClass;
 use kube::Api;
 use runtime::service::{
@@ -48,6 +50,8 @@ pub struct NodeEnvironment<R> {
     pub client: NodeClient,
     /// CPU requests of burstable pods here.
     pub burstable: Burstable,
+    /// Ids of pods that have users of their own.
+    pub user_namespaces: UserNamespaces,
 }
 
 /// CPU requests of burstable pods by UID, in thousandths: their sum is the weight of their class.
@@ -80,7 +84,7 @@ impl std::fmt::Debug for NodeClient {
 
 impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
     type Volumes = PodVolumes;
-    type Image = ImageStatus;
+    type Image = ContainerImages;
 
     fn admit(&self, pod: &Pod, others: &[Arc<Pod>]) -> Result<(), Rejection> {
         let context = AdmissionContext {
@@ -129,6 +133,11 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
             |e: LaunchError| StepError::new(REASON, format!("Failed to create pod sandbox: {e}"));
         let mut config = launch::sandbox::config(pod, &context, attempt).map_err(refused)?;
         config.runtime_handler = self.runtime_handler(pod).await?;
+        if launch::security::own_users(pod) {
+            let range = self.user_namespaces.ensure(spec::uid(pod));
+            let range = range.map_err(|e| refused(LaunchError::Sandbox(e.to_string())))?;
+            config.user_namespace = Some(range);
+        }
         let resources = qos::pod_resources(pod, &context).map_err(refused)?;
         let made = self
             .runtime
@@ -141,37 +150,39 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
         &self,
         pod: &Arc<Pod>,
         container: &Container,
-    ) -> Result<ImageStatus, StepError> {
+    ) -> Result<ContainerImages, StepError> {
         let secrets = self.objects.pull_secrets(pod).await;
         let secrets = secrets.map_err(|e| StepError::new("ErrImagePull", e.to_string()))?;
         let request = PullRequest {
             pod,
-            container,
+            image: container.image.as_deref().unwrap_or_default(),
+            policy: container.image_pull_policy.as_deref(),
+            container: Some(&container.name),
             secrets: &secrets,
         };
-        self.images.ensure(request).await.map_err(|e| StepError {
-            reason: e.reason().to_owned(),
-            message: e.to_string(),
-            retry_after: e.retry_after(),
-        })
+        let own = async { self.images.ensure(request).await.map_err(pull_error) };
+        let volumes = self.image_volumes(pod, container, &secrets);
+        let (own, volumes) = futures::future::try_join(own, volumes).await?;
+        Ok(ContainerImages { own, volumes })
     }
 
     async fn container_config(
         &self,
         pod: &Arc<Pod>,
         container: &Container,
-        start: StartContext<PodVolumes, ImageStatus>,
+        start: StartContext<PodVolumes, ContainerImages>,
     ) -> Result<ContainerConfig, StepError> {
         let objects = self.objects.env_objects(pod, container).await;
-        let objects =
+        let mut objects =
             objects.map_err(|e| StepError::new("CreateContainerConfigError", e.to_string()))?;
+        objects.files = launch::files::env_files(container, &start.volumes);
         let context = self.context.load_full();
         let launch = launch::container::config(&launch::container::Inputs {
             pod,
             container,
             context: &context,
             volumes: &start.volumes,
-            image: &start.image,
+            images: &start.image,
             pod_ips: &start.pod_ips,
             attempt: start.attempt,
             objects: &objects,
@@ -210,7 +221,9 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
             let removed = self.runtime.remove_cgroup(&cgroup).await;
             removed.map_err(|e| StepError::new("FailedKillPod", e.message))?;
         }
-        Ok(())
+        // Last: until here something could still carry its ids.
+        let released = self.user_namespaces.release(uid);
+        released.map_err(|e| StepError::new("FailedKillPod", e.to_string()))
     }
 
     async fn purge(&self, pod: &Arc<Pod>) -> Result<(), StepError> {
@@ -254,6 +267,15 @@ fn write_note(directory: &Path, note: &EndingNote) -> std::io::Result<()> {
     std::fs::rename(new, directory.join(NOTE))
 }
 
+/// A pull's failure as a step's.
+fn pull_error(error: PullError) -> StepError {
+    StepError {
+        reason: error.reason().to_owned(),
+        message: error.to_string(),
+        retry_after: error.retry_after(),
+    }
+}
+
 /// The cgroups that hold pods, by class.
 fn qos_parents(kubepods: &str) -> [String; 3] {
     [
@@ -279,6 +301,39 @@ fn log_directories(root: &Path, uid: &str) -> Vec<PathBuf> {
 }
 
 impl<R: RuntimeService + ImageService> NodeEnvironment<R> {
+    /// The images of the volumes a container mounts, by volume name. Volumes nobody mounts are
+    /// not pulled for anybody.
+    async fn image_volumes(
+        &self,
+        pod: &Arc<Pod>,
+        container: &Container,
+        secrets: &[Arc<Secret>],
+    ) -> Result<BTreeMap<String, ImageStatus>, StepError> {
+        let mounts = container.volume_mounts.as_deref().unwrap_or_default();
+        let volumes = pod.spec.iter().flat_map(|s| s.volumes.iter().flatten());
+        let mounted = volumes.filter(|v| mounts.iter().any(|m| m.name == v.name));
+        let mut images = BTreeMap::new();
+        for (name, source) in mounted.filter_map(|v| Some((&v.name, v.image.as_ref()?))) {
+            let request = PullRequest {
+                pod,
+                image: source.reference.as_deref().unwrap_or_default(),
+                policy: source.pull_policy.as_deref(),
+                container: None,
+                secrets,
+            };
+            let image = self.images.ensure(request).await.map_err(|error| {
+                let path = field_path(pod, &container.name);
+                let message = format!("Error: {}", error.reason());
+                let warning = EventType::Warning;
+                self.events
+                    .pod_event(pod, Some(&path), warning, "Failed", message);
+                pull_error(error)
+            })?;
+            images.insert(name.clone(), image);
+        }
+        Ok(images)
+    }
+
     /// Where the cgroup of a pod is, or can be when its spec is not known any more.
     fn pod_cgroups(&self, pod: &Pod) -> Vec<String> {
         let context = self.context.load();

@@ -47,7 +47,7 @@ pub(crate) use token::unsigned as unsigned_token;
 /// A volume on the node, ready to be mounted into containers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostVolume {
-    /// What containers mount.
+    /// What containers mount; empty for the content of an image, which they mount by its id.
     pub path: PathBuf,
     /// Whether containers may only read it, whatever their mount says.
     pub readonly: bool,
@@ -300,7 +300,7 @@ impl PodState {
     fn files(&self) -> impl Iterator<Item = (&str, &FilesVolume)> {
         self.planned.iter().filter_map(|v| match &v.kind {
             Kind::Files(files) => Some((v.name.as_str(), files)),
-            Kind::EmptyDir { .. } | Kind::HostPath { .. } => None,
+            Kind::EmptyDir { .. } | Kind::HostPath { .. } | Kind::Image => None,
         })
     }
 
@@ -486,6 +486,10 @@ impl Inner {
                 Kind::HostPath { path, .. } => HostVolume {
                     path: path.clone(),
                     readonly: false,
+                },
+                Kind::Image => HostVolume {
+                    path: PathBuf::new(),
+                    readonly: true,
                 },
                 Kind::Files(files) => HostVolume {
                     path: self.place.files_dir(&state.uid, &v.name, files),

@@ -178,6 +178,7 @@ impl Place {
                     let options = memory.map(|limit| limit.into_iter().chain(memory_most).min());
                     self.make_empty_dir(uid, &volume.name, options, group)
                 }
+                Kind::Image => Ok(()),
                 Kind::HostPath { path, kind } => super::host_path::prepare(path, *kind),
                 Kind::Files(files) => self.make_files_dir(pod, uid, &volume.name, files),
             }

@@ -29,6 +29,8 @@ pub(crate) enum Kind {
     HostPath { path: PathBuf, kind: HostPathKind },
     /// Files from objects, rewritten when they change.
     Files(FilesVolume),
+    /// The content of an image; pulled and mounted with the containers, nothing to do here.
+    Image,
 }
 
 /// Types of hostPath.
@@ -117,6 +119,9 @@ fn kind_of(volume: &Volume) -> Result<Kind, String> {
     }
     if let Some(source) = &volume.host_path {
         return host_path(&source.path, source.type_.as_deref().unwrap_or_default());
+    }
+    if volume.image.is_some() {
+        return Ok(Kind::Image);
     }
     if let Some(source) = &volume.config_map {
         let keys = KeysOf {

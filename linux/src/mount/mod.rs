@@ -108,6 +108,14 @@ pub struct Overlay<'a> {
     pub options: &'a [String],
 }
 
+/// A detached overlay (Linux 6.5).
+///
+/// # Errors
+/// As [`overlay_at`]; `EINVAL` from older kernels.
+pub fn overlay_detached(overlay: &Overlay<'_>) -> io::Result<OwnedFd> {
+    overlay_by_context(overlay)
+}
+
 /// Mount an overlay and return a descriptor of its root, attached at `at`.
 ///
 /// Uses one `lowerdir+` per layer (Linux 6.5); older kernels take all in one string, which is
@@ -127,7 +135,24 @@ pub fn overlay_at(overlay: &Overlay<'_>, at: &Path) -> io::Result<OwnedFd> {
     }
 }
 
+/// A detached read-only overlay of two or more directories, topmost first (Linux 6.5).
+///
+/// # Errors
+/// `EINVAL` for a single directory.
+pub fn overlay_of_lower(lower: &[PathBuf]) -> io::Result<OwnedFd> {
+    overlay_of(lower, None, &[])
+}
+
 fn overlay_by_context(overlay: &Overlay<'_>) -> io::Result<OwnedFd> {
+    let upper = Some((overlay.upper, overlay.work));
+    overlay_of(overlay.lower, upper, overlay.options)
+}
+
+fn overlay_of(
+    lower: &[PathBuf],
+    upper: Option<(&Path, &Path)>,
+    options: &[String],
+) -> io::Result<OwnedFd> {
     use std::os::unix::ffi::OsStrExt;
     let context = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     rustix::mount::fsconfig_set_string(&context, "source", "overlay")?;
@@ -142,12 +167,14 @@ fn overlay_by_context(overlay: &Overlay<'_>) -> io::Result<OwnedFd> {
         held.push(fd);
         Ok(rustix::mount::fsconfig_set_string(&context, key, name)?)
     };
-    for lower in overlay.lower {
+    for lower in lower {
         set("lowerdir+", lower)?;
     }
-    set("upperdir", overlay.upper)?;
-    set("workdir", overlay.work)?;
-    for option in overlay.options {
+    if let Some((upper, work)) = upper {
+        set("upperdir", upper)?;
+        set("workdir", work)?;
+    }
+    for option in options {
         match option.split_once('=') {
             Some((key, value)) => rustix::mount::fsconfig_set_string(&context, key, value)?,
             None => rustix::mount::fsconfig_set_flag(&context, option.as_str())?,
@@ -251,6 +278,21 @@ pub fn add_attrs(mount: BorrowedFd<'_>, attrs: MountAttrs, recursive: bool) -> i
         ..RawMountAttr::default()
     };
     mount_setattr(mount, &raw, recursive)
+}
+
+/// Let a detached mount show ids as the user namespace behind `userns` maps them: a file of user
+/// 0 on disk is one of the namespace's user 0 (MOUNT_ATTR_IDMAP, Linux 5.12; tmpfs 6.3). Mounts
+/// below it are left as they are.
+///
+/// # Errors
+/// `EINVAL` when the filesystem cannot, `EPERM` when the mount is mapped already.
+pub fn map_ids(mount: BorrowedFd<'_>, userns: BorrowedFd<'_>) -> io::Result<()> {
+    let raw = RawMountAttr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        userns_fd: userns.as_raw_fd() as u64,
+        ..RawMountAttr::default()
+    };
+    mount_setattr(mount, &raw, false)
 }
 
 /// Change how mount events travel, for the mount and all below it.

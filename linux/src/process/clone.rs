@@ -15,6 +15,36 @@ pub struct CloneFlags {
     pub new_pid: bool,
     /// A copy of the mount namespace.
     pub new_mount: bool,
+    /// A user namespace, whose maps the parent writes ([`super::userns::write_maps`]); the other
+    /// new namespaces belong to it.
+    pub new_user: bool,
+    /// A network namespace.
+    pub new_net: bool,
+    /// A namespace of System V IPC and POSIX message queues.
+    pub new_ipc: bool,
+    /// A namespace of host and domain name.
+    pub new_uts: bool,
+    /// The child's parent is the caller's parent.
+    pub sibling: bool,
+}
+
+impl CloneFlags {
+    fn bits(self) -> u64 {
+        let all = [
+            (self.new_pid, libc::CLONE_NEWPID),
+            (self.new_mount, libc::CLONE_NEWNS),
+            (self.new_user, libc::CLONE_NEWUSER),
+            (self.new_net, libc::CLONE_NEWNET),
+            (self.new_ipc, libc::CLONE_NEWIPC),
+            (self.new_uts, libc::CLONE_NEWUTS),
+            (self.sibling, libc::CLONE_PARENT),
+        ];
+        all.iter()
+            .filter(|(on, _)| *on)
+            .fold(libc::CLONE_PIDFD as u64, |bits, (_, flag)| {
+                bits | *flag as u64
+            })
+    }
 }
 
 /// Where the caller of [`clone3`] finds itself.
@@ -40,18 +70,14 @@ pub fn clone3(flags: CloneFlags) -> io::Result<Cloned> {
         return Err(io::Error::from_raw_os_error(libc::EBUSY));
     }
     let mut pidfd: RawFd = -1;
-    let mut bits = libc::CLONE_PIDFD as u64;
-    if flags.new_pid {
-        bits |= libc::CLONE_NEWPID as u64;
-    }
-    if flags.new_mount {
-        bits |= libc::CLONE_NEWNS as u64;
-    }
     // SAFETY: all-zero is a valid `clone_args` (every field is an integer).
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = bits;
+    args.flags = flags.bits();
     args.pidfd = std::ptr::from_mut(&mut pidfd) as u64;
-    args.exit_signal = libc::SIGCHLD as u64;
+    // A sibling sends what the caller sends: the kernel wants no other word on it.
+    if !flags.sibling {
+        args.exit_signal = libc::SIGCHLD as u64;
+    }
     // SAFETY: needed because no safe wrapper of clone3 exists. Without CLONE_VM the child has its
     // own copy of the memory and continues on its own copy of this stack; the process has one
     // thread (checked above), so no lock of the allocator or of std can be held in the copy.

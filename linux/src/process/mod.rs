@@ -9,6 +9,7 @@
 //! * [`spawn`]: start a program from a sealed memory copy without forking a fat agent
 //! * [`namespace`]: unshare, join, pin
 //! * [`attrs`]: what a process sets on itself before it executes
+//! * [`userns`]: user namespaces with one range of ids
 //! * [`exec`]: look up a program in PATH and execute it
 
 pub mod attrs;
@@ -17,3 +18,4 @@ pub mod exec;
 pub mod namespace;
 pub mod pidfd;
 pub mod spawn;
+pub mod userns;

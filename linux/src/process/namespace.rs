@@ -22,6 +22,8 @@ pub struct Namespaces {
     pub cgroup: bool,
     /// Process ids (of children made afterwards).
     pub pid: bool,
+    /// Users; joining gives all capabilities in it and none outside.
+    pub user: bool,
 }
 
 impl Namespaces {
@@ -33,6 +35,7 @@ impl Namespaces {
             (self.mount, libc::CLONE_NEWNS),
             (self.cgroup, libc::CLONE_NEWCGROUP),
             (self.pid, libc::CLONE_NEWPID),
+            (self.user, libc::CLONE_NEWUSER),
         ];
         all.iter()
             .filter(|(on, _)| *on)
@@ -58,6 +61,15 @@ pub fn join(pidfd: BorrowedFd<'_>, which: Namespaces) -> io::Result<()> {
     setns(pidfd, which.bits() as i32)
 }
 
+/// Join the user namespace of the given `/proc/<pid>/ns/user` descriptor: all capabilities there,
+/// none outside. The ids of this process stay as they are, mapped or not.
+///
+/// # Errors
+/// `EPERM` without CAP_SYS_ADMIN in it.
+pub fn join_user_file(ns: BorrowedFd<'_>) -> io::Result<()> {
+    setns(ns, libc::CLONE_NEWUSER)
+}
+
 /// Let children be made in the PID namespace of the given `/proc/<pid>/ns/pid` descriptor.
 ///
 /// # Errors
@@ -72,6 +84,22 @@ pub fn join_pid_file(ns: BorrowedFd<'_>) -> io::Result<()> {
 /// When /proc cannot be read.
 pub fn own_pid_namespace() -> io::Result<OwnedFd> {
     Ok(std::fs::File::open("/proc/self/ns/pid")?.into())
+}
+
+/// The user namespace that owns the namespace behind a `/proc/<pid>/ns/*` descriptor
+/// (ioctl_ns(2), Linux 4.9).
+///
+/// # Errors
+/// `EPERM` when it is not among this process's own and their descendants.
+pub fn owner(ns: impl AsFd) -> io::Result<OwnedFd> {
+    const NS_GET_USERNS: libc::Ioctl = 0xb701;
+    // SAFETY: takes no argument; the result is a fresh descriptor or -1.
+    let fd = unsafe { libc::ioctl(ns.as_fd().as_raw_fd(), NS_GET_USERNS) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made it and nobody else has it.
+    Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })
 }
 
 fn setns(fd: BorrowedFd<'_>, kind: i32) -> io::Result<()> {

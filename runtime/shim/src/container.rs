@@ -59,6 +59,8 @@ pub(crate) struct Container {
     pub(crate) pid_namespace: PidNamespace,
     pub(crate) cgroups: Vec<PathBuf>,
     pub(crate) cgroup_namespace: bool,
+    /// Whether it lives in the pod's user namespace.
+    pub(crate) user_namespace: bool,
     pub(crate) started_at_ns: i64,
     pub(crate) tty: bool,
     pub(crate) want_stdin: bool,
@@ -91,6 +93,14 @@ impl Container {
         match self.phase {
             Phase::Starting(_) | Phase::Running => true,
             Phase::Draining(_) | Phase::Exited(_) => false,
+        }
+    }
+
+    /// Whether its child still sets itself up.
+    pub(crate) fn is_starting(&self) -> bool {
+        match self.phase {
+            Phase::Starting(_) => true,
+            Phase::Running | Phase::Draining(_) | Phase::Exited(_) => false,
         }
     }
 

@@ -11,6 +11,7 @@ use crate::note::{self, Note, Received};
 use crate::server::{Shim, Source, not_found};
 use linux::event::Interest;
 use linux::process::clone::{self, CloneFlags};
+use linux::process::namespace::Namespaces;
 use linux::process::pidfd::{self, WaitOutcome};
 use pod_shim::protocol::{Event, ExecSpec, PidNamespace, Reply, ShimError, ShimErrorKind, Stdio};
 use std::io;
@@ -55,9 +56,14 @@ impl Shim {
         let (cgroup, dirs) = session_cgroups(dirs, self.next_exec_number);
         let target = container.pidfd.as_fd();
         let join = (container.pid_namespace != PidNamespace::Host).then_some(target);
-        let namespace = container.cgroup_namespace;
+        let which = Namespaces {
+            user: container.user_namespace,
+            mount: true,
+            cgroup: container.cgroup_namespace,
+            ..Namespaces::default()
+        };
         let cloned = clone_child(CloneFlags::default(), join, |notes| match stdio.take() {
-            Some(stdio) => child::run_exec(&spec, target, &dirs, namespace, stdio, notes),
+            Some(stdio) => child::run_exec(&spec, (target, which), &dirs, stdio, notes),
             None => clone::exit_child(1),
         });
         drop(stdio);
@@ -107,6 +113,8 @@ impl Shim {
                 }
                 Received::Note(Note::Ready, _) => starting.ready = true,
                 Received::Note(Note::Failed(error), _) => starting.failure = Some(error),
+                // Only first processes of containers are replaced.
+                Received::Note(Note::Replaced { .. }, _) => {}
                 Received::Note(Note::Terminal, fd) => session.terminal = fd,
                 Received::End => {
                     let started = starting.ready && starting.failure.is_none();

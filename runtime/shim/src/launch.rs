@@ -162,14 +162,17 @@ impl Shim {
             outputs,
             stdin,
         } = make_pipes(&spec).map_err(|e| child::system("make pipes", &e))?;
+        let userns = sandbox.userns.as_ref();
         let flags = CloneFlags {
-            new_pid: spec.pid_namespace == PidNamespace::Container,
+            // In a user namespace the child makes it itself, so that it belongs there.
+            new_pid: spec.pid_namespace == PidNamespace::Container && userns.is_none(),
             new_mount: true,
+            ..CloneFlags::default()
         };
         // The child keeps its ends by value; what is left here is closed behind the clone.
         let mut stdio = Some(stdio);
         let new = clone_child(flags, join, |notes| match stdio.take() {
-            Some(stdio) => child::run_container(&spec, stdio, notes),
+            Some(stdio) => child::run_container(&spec, userns, stdio, notes),
             None => clone::exit_child(1),
         })?;
         drop(stdio);
@@ -231,6 +234,7 @@ impl Shim {
             pid_namespace: spec.pid_namespace,
             cgroups: spec.cgroups,
             cgroup_namespace: spec.cgroup_namespace,
+            user_namespace: self.sandbox.as_ref().is_some_and(|s| s.userns.is_some()),
             started_at_ns: attrs::now_ns(),
             tty: spec.tty,
             want_stdin: spec.stdin,
@@ -266,6 +270,12 @@ impl Shim {
                 Received::Note(Note::Warning(text), _) => eprintln!("container {id}: {text}"),
                 Received::Note(Note::Ready, _) => starting.ready = true,
                 Received::Note(Note::Failed(error), _) => starting.failure = Some(error),
+                Received::Note(Note::Replaced { pid }, fd) => {
+                    container.pid = pid;
+                    if let Some(fd) = fd {
+                        container.pidfd = fd;
+                    }
+                }
                 Received::Note(Note::Terminal, fd) => {
                     if let Some(fd) = fd {
                         self.adopt_terminal(id, fd);

@@ -16,6 +16,11 @@ pub(crate) enum Note {
     Warning(String),
     /// The terminal's master side comes with this message.
     Terminal,
+    /// Another process goes on as the container's first; its handle comes with this message.
+    Replaced {
+        /// Its id in the shim's PID namespace.
+        pid: i32,
+    },
     /// All is set up; the program is executed next.
     Ready,
     /// It cannot be started.

@@ -256,6 +256,18 @@ pub struct SandboxSpec {
     pub shim_oom_score_adj: Option<i32>,
     /// Cgroup directories (one per v1 hierarchy, or one on v2) the PID-1 helper joins.
     pub helper_cgroups: Vec<PathBuf>,
+    /// Ids of a user namespace that owns the pod's other namespaces; none for the agent's users.
+    #[serde(default)]
+    pub user_namespace: Option<UserNamespace>,
+}
+
+/// Ids of a user namespace: 0 and up inside are `first` and up on the node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserNamespace {
+    /// First id on the node.
+    pub first: u32,
+    /// How many.
+    pub length: u32,
 }
 
 /// Everything needed to start a container: resolved, no defaults left.
@@ -359,6 +371,9 @@ pub struct MountSpec {
     pub nodev: bool,
     /// noexec.
     pub noexec: bool,
+    /// In a user namespace: show ids of a bind mount as its users do, on disk as without one.
+    #[serde(default)]
+    pub map_ids: bool,
 }
 
 /// What to mount.
@@ -379,6 +394,17 @@ pub enum MountSource {
         fstype: String,
         /// Options for the filesystem (`size=65536k`, `mode=755`).
         options: Vec<String>,
+    },
+    /// What these directories show together, as an overlay (of one, a bind mount): the content
+    /// of an image.
+    Layers {
+        /// Directories of image layers, topmost first.
+        lower: Vec<PathBuf>,
+        /// Where changes go, and the overlayfs work directory beside it; none for a read-only
+        /// mount.
+        changes: Option<(PathBuf, PathBuf)>,
+        /// Path in it that is mounted, followed as if the content were the root; it must exist.
+        sub_path: Option<String>,
     },
     /// `/sys/fs/cgroup` as the container should see it: its own cgroup as root
     /// (cgroup2 in its namespace, or a tmpfs with one bind per v1 hierarchy).

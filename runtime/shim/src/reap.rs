@@ -23,6 +23,7 @@ impl Shim {
     /// Collect every child that ended.
     pub(crate) fn reap(&mut self) {
         while let Ok(Some((pid, outcome))) = pidfd::reap_any() {
+            self.read_all_notes();
             let container = self
                 .containers
                 .values()
@@ -45,6 +46,15 @@ impl Shim {
             if helper.is_some_and(|h| h.pid == pid) {
                 eprintln!("the pod's first process ended: {outcome:?}");
             }
+        }
+    }
+
+    /// Learn which processes are containers' by now: one may have put another in its place.
+    fn read_all_notes(&mut self) {
+        let starting = self.containers.values().filter(|c| c.is_starting());
+        let starting: Vec<String> = starting.map(|c| c.id.clone()).collect();
+        for id in starting {
+            self.container_notes(&id);
         }
     }
 

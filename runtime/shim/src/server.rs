@@ -6,7 +6,7 @@
 
 use crate::container::{Container, ExecSession, ReplyTo};
 use crate::output::StreamName;
-use crate::setup::Helper;
+use crate::setup::{Helper, UserNs};
 use linux::event::{self, Interest, Poller, Ready};
 use linux::process::attrs;
 use pod_shim::frame::{FrameReader, FrameWriter};
@@ -74,6 +74,8 @@ struct Client {
 pub(crate) struct Sandbox {
     pub(crate) spec: SandboxSpec,
     pub(crate) helper: Option<Helper>,
+    /// The pod\'s user namespace, when it has one.
+    pub(crate) userns: Option<UserNs>,
 }
 
 /// The whole shim.
@@ -465,8 +467,12 @@ impl Shim {
             }
             Some(_) => {}
             None => {
-                let helper = crate::setup::make_sandbox(&spec)?;
-                self.sandbox = Some(Sandbox { spec, helper });
+                let (helper, userns) = crate::setup::make_sandbox(&spec)?;
+                self.sandbox = Some(Sandbox {
+                    spec,
+                    helper,
+                    userns,
+                });
             }
         }
         Ok(Reply::Ready {

@@ -5,11 +5,12 @@ use crate::child;
 use linux::mount::{self, MountAttrs};
 use linux::process::clone::{self, CloneFlags, Cloned};
 use linux::process::namespace::{self, Namespaces};
+use linux::process::userns::{self, IdRange};
 use linux::process::{attrs, pidfd};
-use pod_shim::protocol::{SandboxSpec, ShimError, ShimErrorKind};
+use pod_shim::protocol::{SandboxSpec, ShimError, ShimErrorKind, UserNamespace};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The helper that is process 1 of the pod's shared PID namespace.
 #[derive(Debug)]
@@ -18,8 +19,16 @@ pub(crate) struct Helper {
     pub(crate) pidfd: OwnedFd,
 }
 
+/// The pod's user namespace. The shim itself stays among the node's users.
+#[derive(Debug)]
+pub(crate) struct UserNs {
+    pub(crate) fd: OwnedFd,
+}
+
 /// Make what `spec` asks. Called once: what fails half-way ends with the shim itself.
-pub(crate) fn make_sandbox(spec: &SandboxSpec) -> Result<Option<Helper>, ShimError> {
+pub(crate) fn make_sandbox(
+    spec: &SandboxSpec,
+) -> Result<(Option<Helper>, Option<UserNs>), ShimError> {
     for name in spec.sysctls.keys() {
         check_sysctl(name, spec)?;
     }
@@ -36,7 +45,13 @@ pub(crate) fn make_sandbox(spec: &SandboxSpec) -> Result<Option<Helper>, ShimErr
         ..Namespaces::default()
     };
     let system = |what: &str, e: io::Error| child::system(what, &e);
-    namespace::unshare(which).map_err(|e| system("make the pod's namespaces", e))?;
+    let userns = match spec.user_namespace {
+        Some(ids) => Some(make_user_namespace(spec, which, ids)?),
+        None => {
+            namespace::unshare(which).map_err(|e| system("make the pod's namespaces", e))?;
+            None
+        }
+    };
     if !spec.host_network {
         namespace::loopback_up().map_err(|e| system("bring the loopback interface up", e))?;
         if let Some(path) = &spec.netns_path {
@@ -52,15 +67,58 @@ pub(crate) fn make_sandbox(spec: &SandboxSpec) -> Result<Option<Helper>, ShimErr
         namespace::set_domainname(name)
             .map_err(|e| child::bad_request(format_args!("set domain name {name:?}"), &e))?;
     }
-    for (name, value) in &spec.sysctls {
-        write_sysctl(name, value)
-            .map_err(|e| child::bad_request(format_args!("set sysctl {name}={value}"), &e))?;
+    if userns.is_none() {
+        for (name, value) in &spec.sysctls {
+            write_sysctl(name, value)
+                .map_err(|e| child::bad_request(format_args!("set sysctl {name}={value}"), &e))?;
+        }
     }
-    if spec.share_pid {
-        spawn_helper(spec).map(Some)
+    let helper = if spec.share_pid {
+        Some(spawn_helper(spec, userns.as_ref())?)
     } else {
-        Ok(None)
+        None
+    };
+    Ok((helper, userns))
+}
+
+/// Make the pod's namespaces inside a user namespace of its own, and move into all but that.
+fn make_user_namespace(
+    spec: &SandboxSpec,
+    which: Namespaces,
+    ids: UserNamespace,
+) -> Result<UserNs, ShimError> {
+    if spec.host_network || spec.host_ipc {
+        return Err(ShimError {
+            kind: ShimErrorKind::BadRequest,
+            message: "a pod with a user namespace cannot use the host's network or IPC".into(),
+            errno: None,
+        });
     }
+    let range = IdRange {
+        first: ids.first,
+        length: ids.length,
+    };
+    let flags = CloneFlags {
+        new_net: which.net,
+        new_ipc: which.ipc,
+        new_uts: which.uts,
+        ..CloneFlags::default()
+    };
+    // Settings belong to user 0 of the namespace, not to the node's root.
+    let settings = || {
+        let mut all = spec.sysctls.iter();
+        all.try_for_each(|(name, value)| write_sysctl(name, value))
+    };
+    let created = userns::create(flags, range, settings).map_err(|e| {
+        let names: Vec<&str> = spec.sysctls.keys().map(String::as_str).collect();
+        child::system(
+            format_args!("make the pod's user namespace (sysctls {names:?})"),
+            &e,
+        )
+    })?;
+    namespace::join(created.holder.pidfd.as_fd(), which)
+        .map_err(|e| child::system("join the pod's namespaces", &e))?;
+    Ok(UserNs { fd: created.user })
 }
 
 /// Only settings that live in one of the pod's own namespaces may be written: anything else
@@ -119,15 +177,20 @@ fn write_sysctl(name: &str, value: &str) -> io::Result<()> {
 }
 
 /// Clone the helper and wait until it has shut itself away.
-fn spawn_helper(spec: &SandboxSpec) -> Result<Helper, ShimError> {
+fn spawn_helper(spec: &SandboxSpec, userns: Option<&UserNs>) -> Result<Helper, ShimError> {
     let system = |what: &str, e: io::Error| child::system(what, &e);
     let (ours, theirs) = linux::event::pipe().map_err(|e| system("make a pipe", e))?;
-    let flags = CloneFlags {
-        new_pid: true,
-        new_mount: true,
+    let cloned = match userns {
+        None => clone::clone3(HELPER_NAMESPACES),
+        Some(userns) => clone_in(userns, &spec.helper_cgroups),
     };
-    match clone::clone3(flags).map_err(|e| system("clone the pod's first process", e))? {
-        Cloned::Child => run_helper(spec, &theirs),
+    let to_join: &[PathBuf] = match userns {
+        None => &spec.helper_cgroups,
+        // Done by whoever made it, while it still could.
+        Some(_) => &[],
+    };
+    match cloned.map_err(|e| system("clone the pod's first process", e))? {
+        Cloned::Child => run_helper(to_join, &theirs),
         Cloned::Parent { pid, pidfd } => {
             drop(theirs);
             let mut text = Vec::new();
@@ -151,9 +214,63 @@ fn spawn_helper(spec: &SandboxSpec) -> Result<Helper, ShimError> {
     }
 }
 
+const HELPER_NAMESPACES: CloneFlags = CloneFlags {
+    new_pid: true,
+    new_mount: true,
+    new_user: false,
+    new_net: false,
+    new_ipc: false,
+    new_uts: false,
+    sibling: false,
+};
+
+/// Clone a child of ours whose namespaces belong to the user namespace: a first child goes there
+/// and makes it as its sibling.
+fn clone_in(userns: &UserNs, cgroups: &[PathBuf]) -> io::Result<Cloned> {
+    let (ours, theirs) = linux::fdpass::message_pair()?;
+    match clone::clone3(CloneFlags::default())? {
+        Cloned::Child => {}
+        Cloned::Parent { .. } => {
+            drop(theirs);
+            let (mut text, mut fds) = ([0u8; 4], Vec::new());
+            let count = linux::fdpass::recv(ours.as_fd(), &mut text, &mut fds)?;
+            return match fds.pop() {
+                Some(pidfd) if count == text.len() => Ok(Cloned::Parent {
+                    pid: i32::from_le_bytes(text),
+                    pidfd,
+                }),
+                Some(_) | None => Err(io::Error::other("its maker died")),
+            };
+        }
+    }
+    drop(ours);
+    let fail = |message: &dyn std::fmt::Display| -> ! {
+        eprintln!("the maker of the pod's first process: {message}");
+        clone::exit_child(1)
+    };
+    if let Err(error) = cgroups.iter().try_for_each(|dir| crate::cgroup::join(dir)) {
+        fail(&error);
+    }
+    if let Err(error) = child::join_user_namespace(userns) {
+        fail(&error.message);
+    }
+    let flags = CloneFlags {
+        sibling: true,
+        ..HELPER_NAMESPACES
+    };
+    match clone::clone3(flags) {
+        Ok(Cloned::Child) => Ok(Cloned::Child),
+        Ok(Cloned::Parent { pid, pidfd }) => {
+            let _ = linux::fdpass::send(theirs.as_fd(), &pid.to_le_bytes(), &[pidfd.as_fd()]);
+            clone::exit_child(0)
+        }
+        Err(error) => fail(&error),
+    }
+}
+
 /// The helper's life: reap, nothing else. It lives in an empty filesystem without capabilities,
 /// because containers of the pod can see it, and with CAP_SYS_PTRACE look into `/proc/1/root`.
-fn run_helper(spec: &SandboxSpec, report: &OwnedFd) -> ! {
+fn run_helper(cgroups: &[PathBuf], report: &OwnedFd) -> ! {
     use std::os::fd::AsRawFd;
     let shut_away = || -> io::Result<()> {
         attrs::reset_signals();
@@ -163,7 +280,7 @@ fn run_helper(spec: &SandboxSpec, report: &OwnedFd) -> ! {
         attrs::install_stdio(child::dev_null()?.as_fd(), 2)?;
         attrs::new_session()?;
         attrs::set_name(c"pod-init")?;
-        for dir in &spec.helper_cgroups {
+        for dir in cgroups {
             crate::cgroup::join(dir)?;
         }
         let last = linux::caps::last_capability()?;
@@ -220,6 +337,7 @@ mod tests {
             sysctls: Default::default(),
             shim_oom_score_adj: None,
             helper_cgroups: vec![],
+            user_namespace: None,
         }
     }
 

@@ -5,7 +5,7 @@ use super::state::{ContainerRecord, Exit, Phase, RECORD_VERSION};
 use super::users::{ResolvedUser, resolve};
 use super::{rootfs, store};
 use crate::engine::{Container, Inner, Sandbox, blocking, limits, new_id, now_ns};
-use crate::error::{chain, error};
+use crate::error::{chain, error, system};
 use crate::image::ImageLease;
 use crate::sandbox::state::SandboxRecord;
 use crate::sandbox::teardown::ensure_ready;
@@ -65,7 +65,7 @@ fn make(inner: &Inner, sandbox: &Arc<Sandbox>, config: ContainerConfig) -> Resul
     let id = ContainerId(new_id()?);
     let leases = leases(inner, &ImageId(config.image.clone()), &config)?;
     let mut record = plan(inner, &sandbox.record(), &id, config, &leases)?;
-    if let Err(failure) = build(inner, &mut record) {
+    if let Err(failure) = build(inner, sandbox, &mut record) {
         // A record of it may be on disk; it says `Creating`, so recovery undoes it if this fails.
         if let Err(e) = unmake(inner, &record) {
             tracing::warn!(container = %id, error = %e, "undo of a container is left to recovery");
@@ -113,6 +113,7 @@ fn plan(
         devices: devices(&config)?,
         cgroups: inner.cgroups.directories(&cgroup)?,
         log_path: (!config.log_path.is_empty()).then(|| log_path.clone()),
+        open_files_most: open_files_most(),
     })?;
     Ok(ContainerRecord {
         version: RECORD_VERSION,
@@ -130,6 +131,12 @@ fn plan(
         launch,
         config,
     })
+}
+
+/// The hard limit of this process; containers cannot have more where it may not be raised.
+fn open_files_most() -> u64 {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.maximum.unwrap_or(u64::MAX)
 }
 
 fn find_user(
@@ -186,44 +193,27 @@ fn volume(target: &str, dir: &Path, layers: &[PathBuf]) -> Result<MountSpec> {
     if content.is_empty() {
         return Ok(spec::bind(target, dir.join("upper")));
     }
-    let mut options = lower(&content);
-    options.extend([
-        format!("upperdir={}", dir.join("upper").display()),
-        format!("workdir={}", dir.join("work").display()),
-        "volatile".to_owned(),
-    ]);
-    Ok(spec::filesystem(target, "overlay", &options))
+    let changes = Some((dir.join("upper"), dir.join("work")));
+    Ok(spec::layers(target, content, changes, None))
 }
 
 fn image_mount(mount: &Mount, layers: &[PathBuf]) -> Result<MountSpec> {
-    let path = mount.sub_path.as_deref().unwrap_or("");
-    let content = rootfs::directories(layers, path)?;
-    let mut made = match content.as_slice() {
-        [] => {
-            let message = format!(
-                "image mount {}: no directory {path:?}",
-                mount.container_path
-            );
-            return Err(error(RuntimeErrorKind::Invalid, message));
-        }
-        [only] => spec::bind(&mount.container_path, only.clone()),
-        [..] => spec::filesystem(&mount.container_path, "overlay", &lower(&content)),
-    };
-    made.readonly = true;
-    made.noexec = true;
-    Ok(made)
-}
-
-/// Lower directories, topmost first. One option holds at most 255 bytes, so each gets its own,
-/// which kernels before 6.5 do not know; a single one they do.
-fn lower(dirs: &[PathBuf]) -> Vec<String> {
-    match dirs {
-        [only] => vec![format!("lowerdir={}", only.display())],
-        [..] => {
-            let each = dirs.iter().map(|d| format!("lowerdir+={}", d.display()));
-            each.collect()
-        }
+    let path = mount.sub_path.as_deref().filter(|p| !p.is_empty());
+    if let Some(path) = path
+        && !rootfs::exists(layers, path)?
+    {
+        let message = format!(
+            "image volume mount at {}: sub path {path:?}: not found",
+            mount.container_path
+        );
+        return Err(error(RuntimeErrorKind::Invalid, message));
     }
+    let sub_path = path.map(str::to_owned);
+    Ok(MountSpec {
+        readonly: true,
+        noexec: true,
+        ..spec::layers(&mount.container_path, layers.to_vec(), None, sub_path)
+    })
 }
 
 /// Device nodes besides the standard ones.
@@ -288,11 +278,13 @@ fn host_devices(dir: &Path, found: &mut Vec<DeviceSpec>) {
 }
 
 /// Does what was planned: record, directories, cgroup, record.
-fn build(inner: &Inner, record: &mut ContainerRecord) -> Result<()> {
-    store::create(&inner.config, record)?;
+fn build(inner: &Inner, sandbox: &Sandbox, record: &mut ContainerRecord) -> Result<()> {
+    let ids = sandbox.with(|r| r.config.user_namespace);
+    let first_id = ids.map_or(0, |ids| ids.first);
+    store::create(&inner.config, record, first_id)?;
     let volumes = store::volumes(&inner.config, &record.id);
     for mount in &record.launch.mounts {
-        make_volume_dirs(mount, &volumes)?;
+        make_volume_dirs(mount, &volumes, first_id)?;
     }
     if let Some(log) = &record.launch.log
         && let Some(dir) = log.path.parent()
@@ -311,20 +303,26 @@ fn build(inner: &Inner, record: &mut ContainerRecord) -> Result<()> {
 }
 
 /// Makes the directories a volume of the image is backed by.
-fn make_volume_dirs(mount: &MountSpec, volumes: &Path) -> Result<()> {
+fn make_volume_dirs(mount: &MountSpec, volumes: &Path, first_id: u32) -> Result<()> {
     let ours = |path: &Path| path.starts_with(volumes);
     match &mount.source {
         MountSource::Bind { path, .. } if ours(path) => Ok(linux::fs::create_dirs(path, 0o755)?),
-        MountSource::Filesystem { options, .. } => {
-            for option in options {
-                let dir = option.split_once('=').map(|(_, dir)| Path::new(dir));
-                if let Some(dir) = dir.filter(|d| ours(d)) {
-                    linux::fs::create_dirs(dir, 0o755)?;
-                }
+        MountSource::Layers {
+            changes: Some((upper, work)),
+            ..
+        } => {
+            linux::fs::create_dirs(work, 0o700)?;
+            linux::fs::create_dirs(upper, 0o755)?;
+            if first_id != 0 {
+                let owner = Some(first_id);
+                std::os::unix::fs::chown(upper, owner, owner).map_err(|e| system(&e))?;
             }
             Ok(())
         }
-        MountSource::Bind { .. } | MountSource::Cgroup => Ok(()),
+        MountSource::Bind { .. }
+        | MountSource::Filesystem { .. }
+        | MountSource::Layers { changes: None, .. }
+        | MountSource::Cgroup => Ok(()),
     }
 }
 

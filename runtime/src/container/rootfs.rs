@@ -77,6 +77,24 @@ pub(crate) fn directories(layers: &[PathBuf], path: &str) -> Result<Vec<PathBuf>
     Ok(found)
 }
 
+/// Whether the image has something at `path`, be it behind a symbolic link.
+///
+/// # Errors
+/// [`FsError`] when a layer cannot be read.
+pub(crate) fn exists(layers: &[PathBuf], path: &str) -> Result<bool, FsError> {
+    for layer in layers {
+        match look(layer, path)? {
+            Found::Nothing => {}
+            Found::Merged | Found::Opaque | Found::Other => return Ok(true),
+            Found::Hidden => return Ok(false),
+        }
+        if parent_hides(layer, path)? {
+            break;
+        }
+    }
+    Ok(false)
+}
+
 fn parts(path: &str) -> Vec<&std::ffi::OsStr> {
     let components = Path::new(path).components();
     components

@@ -115,6 +115,8 @@ pub struct Inputs<'a> {
     pub cgroups: Vec<PathBuf>,
     /// Log file; none discards.
     pub log_path: Option<PathBuf>,
+    /// The most files a process of this node may ever open.
+    pub open_files_most: u64,
 }
 
 /// The whole specification.
@@ -189,10 +191,20 @@ fn process(inputs: &Inputs<'_>) -> Result<ProcessSpec, SpecError> {
         ambient_capabilities: Vec::new(),
         no_new_privileges: config.security.no_new_privs,
         seccomp: inputs.seccomp.clone(),
-        rlimits: Vec::new(),
+        rlimits: vec![open_files(inputs.open_files_most)],
         oom_score_adj: Some(config.oom_score_adj),
         umask: Some(0o022),
     })
+}
+
+/// The limit on open files, as services of a systemd machine have it: not the agent's own, which
+/// it raises for itself.
+fn open_files(most: u64) -> (u32, u64, u64) {
+    const RLIMIT_NOFILE: u32 = 7;
+    const SOFT: u64 = 1024;
+    const HARD: u64 = 524_288;
+    let hard = HARD.min(most);
+    (RLIMIT_NOFILE, SOFT.min(hard), hard)
 }
 
 /// What to run: the container's command replaces entrypoint and arguments, its arguments
@@ -330,6 +342,11 @@ fn mounts(inputs: &Inputs<'_>) -> Result<Vec<MountSpec>, SpecError> {
     // Outer ones first, else they would cover inner ones.
     user.sort_by_key(|m| m.target.split('/').filter(|p| !p.is_empty()).count());
     list.extend(user);
+    if inputs.sandbox.user_namespace.is_some() {
+        for mount in &mut list {
+            mount.map_ids = matches!(mount.source, MountSource::Bind { .. });
+        }
+    }
     Ok(list)
 }
 
@@ -346,6 +363,7 @@ fn asked_mount(mount: &Mount) -> MountSpec {
         nosuid: false,
         nodev: false,
         noexec: false,
+        map_ids: false,
     }
 }
 
@@ -364,6 +382,25 @@ pub fn bind(target: &str, path: PathBuf) -> MountSpec {
         nosuid: false,
         nodev: false,
         noexec: false,
+        map_ids: false,
+    }
+}
+
+/// A mount of what image layers show, topmost first.
+#[must_use]
+pub fn layers(
+    target: &str,
+    lower: Vec<PathBuf>,
+    changes: Option<(PathBuf, PathBuf)>,
+    sub_path: Option<String>,
+) -> MountSpec {
+    MountSpec {
+        source: MountSource::Layers {
+            lower,
+            changes,
+            sub_path,
+        },
+        ..bind(target, PathBuf::new())
     }
 }
 

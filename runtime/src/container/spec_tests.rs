@@ -40,6 +40,7 @@ fn spec_of(config: &ContainerConfig, image: &ImageConfig) -> Result<LaunchSpec, 
         devices: Vec::new(),
         cgroups: Vec::new(),
         log_path: None,
+        open_files_most: 20_000,
     })
 }
 

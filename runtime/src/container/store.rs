@@ -38,7 +38,10 @@ pub(crate) fn save(config: &EngineConfig, record: &ContainerRecord) -> Result<()
 }
 
 /// Makes the directories, the record first among the files.
-pub(crate) fn create(config: &EngineConfig, record: &ContainerRecord) -> Result<()> {
+///
+/// `first_id` is the first id of the pod's user namespace: what changes is written there without
+/// a mapped mount in between, so the directories belong to the namespace's users.
+pub(crate) fn create(config: &EngineConfig, record: &ContainerRecord, first_id: u32) -> Result<()> {
     let dir = dir(config, &record.id);
     ensure_dir(&dir, 0o711)?;
     save(config, record)?;
@@ -48,9 +51,12 @@ pub(crate) fn create(config: &EngineConfig, record: &ContainerRecord) -> Result<
     // The writable layer's top directory is the container's `/`: it looks like the image's.
     if let Some(top) = record.launch.rootfs.lower.first() {
         let image = std::fs::metadata(top).map_err(|e| system(&e))?;
-        if (image.uid(), image.gid()) != (0, 0) {
-            let owner = (Some(image.uid()), Some(image.gid()));
-            std::os::unix::fs::chown(&upper, owner.0, owner.1).map_err(|e| system(&e))?;
+        let (uid, gid) = (
+            image.uid().saturating_add(first_id),
+            image.gid().saturating_add(first_id),
+        );
+        if (uid, gid) != (0, 0) {
+            std::os::unix::fs::chown(&upper, Some(uid), Some(gid)).map_err(|e| system(&e))?;
         }
         let bits = std::fs::Permissions::from_mode(image.mode() & 0o7777);
         std::fs::set_permissions(&upper, bits).map_err(|e| system(&e))?;

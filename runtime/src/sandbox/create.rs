@@ -72,6 +72,19 @@ fn check(config: &SandboxConfig) -> Result<()> {
     if let NamespaceMode::Target(_) = config.pid {
         return invalid("pid of a sandbox cannot be that of a container".to_owned());
     }
+    if config.user_namespace.is_some() {
+        for (field, mode) in [
+            ("network", &config.network),
+            ("pid", &config.pid),
+            ("ipc", &config.ipc),
+        ] {
+            if *mode == NamespaceMode::Node {
+                return invalid(format!(
+                    "user_namespace: not possible with the node's {field} namespace"
+                ));
+            }
+        }
+    }
     if config.hostname.len() > 64 {
         return invalid(format!("hostname {:?} is too long", config.hostname));
     }
@@ -172,6 +185,7 @@ fn spec(inner: &Inner, record: &SandboxRecord) -> Result<SandboxSpec> {
         sysctls: config.sysctls.clone(),
         // As killable as what stock nodes keep per pod; refused where the kernel forbids it.
         shim_oom_score_adj: Some(-998),
+        user_namespace: config.user_namespace,
         helper_cgroups: if share_pid {
             helper_cgroups(inner, record)?
         } else {

@@ -13,9 +13,11 @@ pub(crate) mod identity;
 pub(crate) mod rootfs;
 
 use crate::note::{Note, NoteSender};
+use crate::setup::UserNs;
+use linux::process::clone::{CloneFlags, Cloned};
 use linux::process::namespace::Namespaces;
 use linux::process::{attrs, clone, exec, namespace};
-use pod_shim::protocol::{ExecSpec, LaunchSpec, ShimError, ShimErrorKind};
+use pod_shim::protocol::{ExecSpec, LaunchSpec, PidNamespace, ShimError, ShimErrorKind};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -46,23 +48,27 @@ fn failure(kind: ShimErrorKind, what: impl std::fmt::Display, error: &io::Error)
 }
 
 /// The child of a container launch: never returns.
-pub(crate) fn run_container(spec: &LaunchSpec, stdio: ChildStdio, note: OwnedFd) -> ! {
+pub(crate) fn run_container(
+    spec: &LaunchSpec,
+    userns: Option<&UserNs>,
+    stdio: ChildStdio,
+    note: OwnedFd,
+) -> ! {
     let note = NoteSender::new(note);
-    let Err(error) = container(spec, &stdio, &note);
+    let Err(error) = container(spec, userns, &stdio, &note);
     fail(&note, error)
 }
 
 /// The child of an exec session: never returns.
 pub(crate) fn run_exec(
     spec: &ExecSpec,
-    target: BorrowedFd<'_>,
+    target: (BorrowedFd<'_>, Namespaces),
     cgroups: &[PathBuf],
-    cgroup_namespace: bool,
     stdio: ChildStdio,
     note: OwnedFd,
 ) -> ! {
     let note = NoteSender::new(note);
-    let Err(error) = exec_session(spec, target, cgroups, cgroup_namespace, &stdio, &note);
+    let Err(error) = exec_session(spec, target, cgroups, &stdio, &note);
     fail(&note, error)
 }
 
@@ -73,14 +79,20 @@ fn fail(note: &NoteSender, error: ShimError) -> ! {
 
 fn container(
     spec: &LaunchSpec,
+    userns: Option<&UserNs>,
     stdio: &ChildStdio,
     note: &NoteSender,
 ) -> Result<std::convert::Infallible, ShimError> {
-    isolate(stdio, note, &[])?;
+    let kept: Vec<RawFd> = userns.iter().map(|u| u.fd.as_raw_fd()).collect();
+    isolate(stdio, note, &kept)?;
     join_cgroups(&spec.cgroups)?;
     adjust_oom_score(spec.process.oom_score_adj, note)?;
     let last_capability =
         linux::caps::last_capability().map_err(|e| system("read the last capability", &e))?;
+    let prepared = rootfs::prepare(spec, userns)?;
+    if let Some(userns) = userns {
+        enter(userns, spec, note)?;
+    }
     if spec.cgroup_namespace {
         let which = Namespaces {
             cgroup: true,
@@ -88,7 +100,7 @@ fn container(
         };
         namespace::unshare(which).map_err(|e| system("make a cgroup namespace", &e))?;
     }
-    rootfs::build(spec)?;
+    rootfs::assemble(spec, prepared)?;
     if spec.tty {
         let slave = terminal(spec.process.uid, note)?;
         rootfs::mount_console(slave.as_fd())?;
@@ -99,11 +111,58 @@ fn container(
     identity::become_and_execute(&spec.process, last_capability, note)
 }
 
+/// Go on as user 0 of the pod's user namespace, in mount and PID namespaces that belong to it.
+/// From here on nothing of the node can be changed or mounted any more.
+///
+/// A PID namespace begins with its next process, so a sibling goes on in this one's place.
+fn enter(userns: &UserNs, spec: &LaunchSpec, note: &NoteSender) -> Result<(), ShimError> {
+    join_user_namespace(userns)?;
+    if spec.pid_namespace != PidNamespace::Container {
+        let which = Namespaces {
+            mount: true,
+            ..Namespaces::default()
+        };
+        return namespace::unshare(which).map_err(|e| system("make a mount namespace", &e));
+    }
+    let (told, tell) = linux::event::pipe().map_err(|e| system("make a pipe", &e))?;
+    let flags = CloneFlags {
+        new_pid: true,
+        new_mount: true,
+        sibling: true,
+        ..CloneFlags::default()
+    };
+    match clone::clone3(flags).map_err(|e| system("clone into a new PID namespace", &e))? {
+        Cloned::Parent { pid, pidfd } => {
+            note.send(&Note::Replaced { pid }, Some(pidfd.as_fd()));
+            clone::exit_child(0)
+        }
+        Cloned::Child => {
+            drop(tell);
+            attrs::die_with_parent().map_err(|e| system("tie the child to the shim", &e))?;
+            // The shim must know of this process before it can end: the other one's exit says so.
+            let mut byte = [0u8; 1];
+            linux::event::read(told.as_fd(), &mut byte)
+                .map(drop)
+                .map_err(|e| system("wait for the first child", &e))
+        }
+    }
+}
+
+/// All capabilities in the pod's user namespace, as its user 0.
+pub(crate) fn join_user_namespace(userns: &UserNs) -> Result<(), ShimError> {
+    namespace::join_user_file(userns.fd.as_fd())
+        .and_then(|()| linux::user::become_user(0, 0, &[]))
+        .map_err(|e| system("join the pod's user namespace", &e))?;
+    // The change of user has made this process visible and cleared its tie.
+    attrs::set_dumpable(false)
+        .and_then(|()| attrs::die_with_parent())
+        .map_err(|e| system("tie the child to the shim", &e))
+}
+
 fn exec_session(
     spec: &ExecSpec,
-    target: BorrowedFd<'_>,
+    (target, which): (BorrowedFd<'_>, Namespaces),
     cgroups: &[PathBuf],
-    cgroup_namespace: bool,
     stdio: &ChildStdio,
     note: &NoteSender,
 ) -> Result<std::convert::Infallible, ShimError> {
@@ -112,12 +171,11 @@ fn exec_session(
     adjust_oom_score(spec.process.oom_score_adj, note)?;
     let last_capability =
         linux::caps::last_capability().map_err(|e| system("read the last capability", &e))?;
-    let which = Namespaces {
-        mount: true,
-        cgroup: cgroup_namespace,
-        ..Namespaces::default()
-    };
     namespace::join(target, which).map_err(|e| system("join the container's namespaces", &e))?;
+    if which.user {
+        // The node's root is nobody there.
+        linux::user::become_user(0, 0, &[]).map_err(|e| system("become user 0:0", &e))?;
+    }
     if spec.tty {
         let slave = terminal(spec.process.uid, note)?;
         install_terminal(&slave)?;

@@ -1,12 +1,15 @@
 //! The container's filesystem, built in its own mount namespace.
 //!
 //! Order matters: sources are taken as detached trees while they still have the host's peers
-//! (propagation needs them), then the namespace is cut off, then the overlay is mounted and
-//! everything is put together beneath it by descriptor, and the last step is the pivot.
+//! (propagation needs them), then the namespace is cut off and the overlay is mounted
+//! ([`prepare`]); then everything is put together beneath it by descriptor, and the last step is
+//! the pivot ([`assemble`]). Between the two a pod with a user namespace leaves the node's users:
+//! what comes after needs no rights on the node.
 
-use super::cgroupview::{self, CgroupView};
+use super::cgroupview;
 use super::identity::not_a_directory;
 use super::{bad_request, system};
+use crate::setup::UserNs;
 use linux::mount::resolve::{self, Node};
 use linux::mount::{self, MountAttrs, Overlay, Peering};
 use pod_shim::protocol::{
@@ -14,7 +17,7 @@ use pod_shim::protocol::{
 };
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Mode of directories a sub path is missing, as the stock kubelet makes them.
 const SUB_PATH_MODE: u32 = 0o750;
@@ -29,22 +32,78 @@ enum Source<'a> {
         options: &'a [String],
     },
     /// `/sys/fs/cgroup`.
-    Cgroup(CgroupView),
+    Cgroup,
 }
 
-/// Build all of it and pivot into it. The working directory is `/` afterwards.
-pub(crate) fn build(spec: &LaunchSpec) -> Result<(), ShimError> {
-    let sources = spec
-        .mounts
-        .iter()
-        .map(|m| take_source(m, spec))
-        .collect::<Result<Vec<_>, _>>()?;
+/// What is known of a source at first.
+enum Early<'a> {
+    /// It is at hand.
+    Ready(Source<'a>),
+    /// It is mounted after the root filesystem.
+    Layers(Content<'a>),
+}
+
+/// The content of an image, as in [`MountSource::Layers`].
+struct Content<'a> {
+    lower: &'a [PathBuf],
+    changes: Option<&'a (PathBuf, PathBuf)>,
+    sub_path: Option<&'a str>,
+}
+
+/// What only the node's root may do, done: all that is left are mounts of one's own namespaces.
+pub(crate) struct Prepared<'a> {
+    sources: Vec<Source<'a>>,
+    /// The overlay, not mounted anywhere yet.
+    root: Root,
+}
+
+enum Root {
+    /// Mounted over the state directory.
+    Attached(OwnedFd),
+    /// To be mounted there in the namespace that will be the container's.
+    Detached(OwnedFd),
+}
+
+/// Take the sources of all mounts and mount the root filesystem, in a mount namespace of the
+/// node's users. Ids are mapped for the pod's, where it has some.
+pub(crate) fn prepare<'a>(
+    spec: &'a LaunchSpec,
+    userns: Option<&UserNs>,
+) -> Result<Prepared<'a>, ShimError> {
+    let mut early = Vec::with_capacity(spec.mounts.len());
+    for mount in &spec.mounts {
+        early.push(take_source(mount, userns)?);
+    }
+    mount::make_all_private().map_err(|e| system("make mounts private", &e))?;
+    let mut layers = Layers::new(userns);
+    let root = mount_root(spec, &mut layers)?;
+    let mut sources = Vec::with_capacity(early.len());
+    for (mount, source) in spec.mounts.iter().zip(early) {
+        sources.push(match source {
+            Early::Ready(source) => source,
+            Early::Layers(content) => {
+                Source::Tree(take_layers(mount, &content, spec, &mut layers)?)
+            }
+        });
+    }
+    Ok(Prepared { sources, root })
+}
+
+/// Put all of it together and pivot into it. The working directory is `/` afterwards.
+pub(crate) fn assemble(spec: &LaunchSpec, prepared: Prepared<'_>) -> Result<(), ShimError> {
     let null =
         mount::open_path(Path::new("/dev/null")).map_err(|e| system("open /dev/null", &e))?;
-    mount::make_all_private().map_err(|e| system("make mounts private", &e))?;
-    let root = mount_root(spec)?;
-    for (mount, source) in spec.mounts.iter().zip(sources) {
-        attach_mount(root.as_fd(), mount, source)?;
+    let root = match prepared.root {
+        Root::Attached(root) => root,
+        Root::Detached(root) => {
+            let at = mount::open_path(&spec.state_dir);
+            at.and_then(|at| mount::attach(root.as_fd(), at.as_fd()))
+                .map_err(|e| system("mount the root filesystem", &e))?;
+            root
+        }
+    };
+    for (mount, source) in spec.mounts.iter().zip(prepared.sources) {
+        attach_mount(root.as_fd(), mount, source, spec)?;
     }
     // Somebody who mounts the host's /dev means the host's nodes.
     let own_dev = !spec.mounts.iter().any(|m| {
@@ -70,16 +129,22 @@ pub(crate) fn build(spec: &LaunchSpec) -> Result<(), ShimError> {
     mount::pivot_into(root.as_fd()).map_err(|e| system("pivot into the root filesystem", &e))
 }
 
-fn mount_root(spec: &LaunchSpec) -> Result<OwnedFd, ShimError> {
+fn mount_root(spec: &LaunchSpec, layers: &mut Layers<'_>) -> Result<Root, ShimError> {
     let rootfs = &spec.rootfs;
+    layers.map(&rootfs.lower)?;
     let overlay = Overlay {
         lower: &rootfs.lower,
         upper: &rootfs.upper,
         work: &rootfs.work,
         options: &rootfs.options,
     };
-    // Any directory would do as the place: nobody else sees this namespace.
-    mount::overlay_at(&overlay, &spec.state_dir).map_err(|e| {
+    let mounted = if layers.userns.is_some() {
+        mount::overlay_detached(&overlay).map(Root::Detached)
+    } else {
+        // Any directory would do as the place: nobody else sees this namespace.
+        mount::overlay_at(&overlay, &spec.state_dir).map(Root::Attached)
+    };
+    mounted.map_err(|e| {
         system(
             format_args!(
                 "mount the root filesystem of {} layers over {}",
@@ -91,23 +156,151 @@ fn mount_root(spec: &LaunchSpec) -> Result<OwnedFd, ShimError> {
     })
 }
 
-fn take_source<'a>(mount: &'a MountSpec, spec: &LaunchSpec) -> Result<Source<'a>, ShimError> {
+/// Take a source that is the host's.
+fn take_source<'a>(mount: &'a MountSpec, userns: Option<&UserNs>) -> Result<Early<'a>, ShimError> {
     match &mount.source {
         MountSource::Bind { path, sub_path } => {
             let tree = match sub_path {
-                None => mount::clone_path(path, true),
-                Some(sub) => {
-                    return take_sub_path(path, sub).map(Source::Tree);
-                }
+                None => mount::clone_path(path, true)
+                    .map_err(|e| bad_request(format_args!("mount source {path:?}"), &e))?,
+                Some(sub) => take_sub_path(path, sub)?,
             };
-            tree.map(Source::Tree)
-                .map_err(|e| bad_request(format_args!("mount source {path:?}"), &e))
+            if let Some(userns) = userns.filter(|_| mount.map_ids) {
+                mount::map_ids(tree.as_fd(), userns.fd.as_fd())
+                    .map_err(|e| unmappable(path, &e))?;
+            }
+            dress(&tree, mount)
+                .map_err(|e| bad_request(format_args!("mount at {:?}", mount.target), &e))?;
+            Ok(Early::Ready(Source::Tree(tree)))
         }
-        MountSource::Filesystem { fstype, options } => Ok(Source::Filesystem { fstype, options }),
-        MountSource::Cgroup => {
-            cgroupview::prepare(&spec.cgroups, spec.cgroup_namespace).map(Source::Cgroup)
+        MountSource::Filesystem { fstype, options } => {
+            Ok(Early::Ready(Source::Filesystem { fstype, options }))
+        }
+        MountSource::Layers {
+            lower,
+            changes,
+            sub_path,
+        } => Ok(Early::Layers(Content {
+            lower,
+            changes: changes.as_ref(),
+            sub_path: sub_path.as_deref(),
+        })),
+        MountSource::Cgroup => Ok(Early::Ready(Source::Cgroup)),
+    }
+}
+
+fn unmappable(path: &Path, error: &io::Error) -> ShimError {
+    bad_request(
+        format_args!(
+            "map the ids of {path:?} for the pod's user namespace (maybe its filesystem does not \
+             support idmapped mounts on this kernel)"
+        ),
+        error,
+    )
+}
+
+/// Give a detached tree its propagation and attributes.
+fn dress(tree: &OwnedFd, mount: &MountSpec) -> io::Result<()> {
+    let peering = match mount.propagation {
+        Propagation::Private => Peering::Private,
+        Propagation::HostToContainer => Peering::Slave,
+        Propagation::Bidirectional => Peering::Shared,
+    };
+    mount::set_peering(tree.as_fd(), peering)?;
+    mount::add_attrs(tree.as_fd(), attributes(mount), false)?;
+    if mount.recursive_readonly {
+        let readonly = MountAttrs {
+            readonly: true,
+            ..MountAttrs::default()
+        };
+        mount::add_attrs(tree.as_fd(), readonly, true)?;
+    }
+    Ok(())
+}
+
+fn attributes(mount: &MountSpec) -> MountAttrs {
+    MountAttrs {
+        readonly: mount.readonly,
+        nosuid: mount.nosuid,
+        nodev: mount.nodev,
+        noexec: mount.noexec,
+    }
+}
+
+/// Image layers, seen through mapped mounts in a pod with a user namespace. These mounts lie on
+/// the layers themselves, in this process's mount namespace, so all paths stay as they are.
+struct Layers<'a> {
+    userns: Option<&'a UserNs>,
+    mapped: Vec<PathBuf>,
+}
+
+impl<'a> Layers<'a> {
+    fn new(userns: Option<&'a UserNs>) -> Self {
+        Self {
+            userns,
+            mapped: Vec::new(),
         }
     }
+
+    /// Have these directories mapped.
+    fn map(&mut self, dirs: &[PathBuf]) -> Result<(), ShimError> {
+        let Some(userns) = self.userns else {
+            return Ok(());
+        };
+        for dir in dirs {
+            if self.mapped.iter().any(|above| dir.starts_with(above)) {
+                continue;
+            }
+            let made = mount::clone_path(dir, false).and_then(|tree| {
+                mount::map_ids(tree.as_fd(), userns.fd.as_fd())?;
+                let at = mount::open_path(dir)?;
+                mount::attach(tree.as_fd(), at.as_fd())
+            });
+            made.map_err(|e| unmappable(dir, &e))?;
+            self.mapped.push(dir.clone());
+        }
+        Ok(())
+    }
+}
+
+/// Mount the content of an image, or of its volume.
+fn take_layers(
+    mount: &MountSpec,
+    content: &Content<'_>,
+    spec: &LaunchSpec,
+    layers: &mut Layers<'_>,
+) -> Result<OwnedFd, ShimError> {
+    let what = |e: io::Error| bad_request(format_args!("mount at {:?}", mount.target), &e);
+    let lower = content.lower;
+    layers.map(lower)?;
+    let made = match (lower, content.changes) {
+        ([only], None) => mount::clone_path(only, false),
+        (_, None) => mount::overlay_of_lower(lower),
+        (_, Some((upper, work))) => mount::overlay_detached(&Overlay {
+            lower,
+            upper,
+            work,
+            options: &["volatile".to_owned()],
+        }),
+    };
+    let mut tree = made.map_err(what)?;
+    if let Some(sub) = content.sub_path {
+        // Only what is mounted can be copied in part (before Linux 6.15); any place will do.
+        let at = mount::open_path(&spec.state_dir).map_err(what)?;
+        mount::attach(tree.as_fd(), at.as_fd()).map_err(what)?;
+        let inner = resolve::lookup(tree.as_fd(), sub).map_err(|e| {
+            bad_request(
+                format_args!(
+                    "sub path {sub:?} of the image mounted at {:?}",
+                    mount.target
+                ),
+                &e,
+            )
+        })?;
+        tree = mount::clone_fd(inner.as_fd(), false).map_err(what)?;
+    }
+    dress(&tree, mount).map_err(what)?;
+    Ok(tree)
 }
 
 /// Open the sub path without ever leaving the volume, and take exactly what was opened: a
@@ -133,14 +326,9 @@ fn attach_mount(
     root: BorrowedFd<'_>,
     mount: &MountSpec,
     source: Source<'_>,
+    spec: &LaunchSpec,
 ) -> Result<(), ShimError> {
     let what = |e: io::Error| bad_request(format_args!("mount at {:?}", mount.target), &e);
-    let attrs = MountAttrs {
-        readonly: mount.readonly,
-        nosuid: mount.nosuid,
-        nodev: mount.nodev,
-        noexec: mount.noexec,
-    };
     let directory = |root| resolve::make_dirs(root, &mount.target, 0o755).map_err(what);
     match source {
         Source::Tree(tree) => {
@@ -149,34 +337,38 @@ fn attach_mount(
             } else {
                 resolve::make_file(root, &mount.target).map_err(what)?
             };
-            let peering = match mount.propagation {
-                Propagation::Private => Peering::Private,
-                Propagation::HostToContainer => Peering::Slave,
-                Propagation::Bidirectional => Peering::Shared,
-            };
-            mount::set_peering(tree.as_fd(), peering).map_err(what)?;
-            mount::add_attrs(tree.as_fd(), attrs, false).map_err(what)?;
-            if mount.recursive_readonly {
-                let readonly = MountAttrs {
-                    readonly: true,
-                    ..MountAttrs::default()
-                };
-                mount::add_attrs(tree.as_fd(), readonly, true).map_err(what)?;
-            }
             mount::attach(tree.as_fd(), target.as_fd()).map_err(what)
         }
         Source::Filesystem { fstype, options } => {
             let target = directory(root)?;
-            let made = mount::filesystem(fstype, fstype, options, attrs).map_err(|e| {
+            let made = mount::filesystem(fstype, fstype, options, attributes(mount))
+                .or_else(|error| hosts_instead(fstype, mount, error));
+            let made = made.map_err(|e| {
                 bad_request(format_args!("mount {fstype} at {:?}", mount.target), &e)
             })?;
             mount::attach(made.as_fd(), target.as_fd()).map_err(what)
         }
-        Source::Cgroup(view) => {
+        Source::Cgroup => {
+            let view = cgroupview::prepare(&spec.cgroups, spec.cgroup_namespace)?;
             let target = directory(root)?;
-            cgroupview::attach(view, target.as_fd(), attrs).map_err(what)
+            cgroupview::attach(view, target.as_fd(), attributes(mount)).map_err(what)
         }
     }
+}
+
+/// A user namespace may mount no sysfs where the node itself sees only a part of one; what the
+/// node sees does then, read-only.
+fn hosts_instead(fstype: &str, mount: &MountSpec, error: io::Error) -> io::Result<OwnedFd> {
+    if fstype != "sysfs" || error.kind() != io::ErrorKind::PermissionDenied {
+        return Err(error);
+    }
+    let tree = mount::clone_path(Path::new("/sys"), true)?;
+    let attrs = MountAttrs {
+        readonly: true,
+        ..attributes(mount)
+    };
+    mount::add_attrs(tree.as_fd(), attrs, true)?;
+    Ok(tree)
 }
 
 fn make_device(root: BorrowedFd<'_>, device: &DeviceSpec) -> Result<(), ShimError> {

@@ -132,6 +132,7 @@ impl Lab {
             sysctls: BTreeMap::from([("net.core.somaxconn".into(), "1234".into())]),
             shim_oom_score_adj: None,
             helper_cgroups: vec![],
+            user_namespace: None,
         };
         change(&mut spec);
         match lab.request(Request::Setup(spec), vec![]).unwrap() {
@@ -409,6 +410,7 @@ pub(crate) fn filesystem(target: &str, fstype: &str, options: &[&str]) -> MountS
         nosuid: true,
         nodev: !["tmpfs", "devpts"].contains(&fstype),
         noexec: true,
+        map_ids: false,
     }
 }
 
@@ -421,6 +423,7 @@ pub(crate) fn bind(path: &Path, target: &str) -> MountSpec {
         nosuid: false,
         nodev: false,
         noexec: false,
+        map_ids: false,
         ..filesystem(target, "", &[])
     }
 }
