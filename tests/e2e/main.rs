@@ -3,6 +3,7 @@
 
 mod a_killed_agent_loses_nothing;
 mod bad_input_is_named_and_harms_nobody;
+mod chaos_leaves_only_truth;
 mod containers_get_what_their_pod_says;
 mod deployments_run_and_change;
 mod logs_and_exec_reach_containers;

@@ -7,6 +7,7 @@
 pub mod artefacts;
 pub mod audit;
 pub mod bench;
+pub mod chaos;
 pub mod check;
 pub mod cluster;
 pub mod command;

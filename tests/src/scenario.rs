@@ -12,7 +12,8 @@ use crate::{command, paths};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::process::{Child, Stdio};
-use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard, mpsc};
 use std::time::{Duration, Instant};
 
 /// How long anything may take that is expected to happen.
@@ -50,7 +51,7 @@ impl Scenario {
         let guard = DISTURBANCE
             .read()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        Self::with(name, Share::Beside(guard))
+        Self::with(&lab_name(), name, Share::Beside(guard))
     }
 
     /// Begins a scenario that has the lab for itself.
@@ -61,12 +62,23 @@ impl Scenario {
         let guard = DISTURBANCE
             .write()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        Self::with(name, Share::Alone(guard))
+        Self::with(&lab_name(), name, Share::Alone(guard))
     }
 
-    fn with(name: &str, share: Share) -> Result<Self> {
+    /// As [`Scenario::alone`], in the lab named.
+    ///
+    /// # Errors
+    /// As [`Scenario::begin`].
+    pub fn alone_in(lab: &str, name: &str) -> Result<Self> {
+        let guard = DISTURBANCE
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        Self::with(lab, name, Share::Alone(guard))
+    }
+
+    fn with(lab: &str, name: &str, share: Share) -> Result<Self> {
         let (layout, admin) = {
-            let lab = Lab::open(&lab_name())?;
+            let lab = Lab::open(lab)?;
             (lab.layout.clone(), lab.kubectl.clone())
         };
         // Unique, so that a scenario can be repeated while its last namespace still goes away.
@@ -247,6 +259,7 @@ pub struct Event {
 pub struct Watch {
     child: Child,
     events: mpsc::Receiver<Event>,
+    over: Arc<AtomicBool>,
 }
 
 impl Watch {
@@ -255,12 +268,19 @@ impl Watch {
     /// # Errors
     /// When kubectl cannot be started.
     pub fn start(scenario: &Scenario, selection: &[&str]) -> Result<Self> {
-        let mut args = vec!["get"];
+        Self::start_in(&scenario.admin, &scenario.namespace, selection)
+    }
+
+    /// Starts watching in a namespace.
+    ///
+    /// # Errors
+    /// When kubectl cannot be started.
+    pub fn start_in(admin: &Kubectl, namespace: &str, selection: &[&str]) -> Result<Self> {
+        let mut args = vec!["--namespace", namespace, "get"];
         args.extend(selection);
         args.extend(["--watch", "--output-watch-events", "-o", "json"]);
-        let mut child = scenario
-            .admin
-            .command(&scenario.args(&args))
+        let mut child = admin
+            .command(&args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -271,6 +291,8 @@ impl Watch {
             .take()
             .context("standard output was not piped")?;
         let (sender, events) = mpsc::channel();
+        let over = Arc::new(AtomicBool::new(false));
+        let end = over.clone();
         std::thread::spawn(move || {
             let stream = serde_json::Deserializer::from_reader(stdout).into_iter::<Value>();
             for mut value in stream.map_while(Result::ok) {
@@ -284,14 +306,25 @@ impl Watch {
                     return;
                 }
             }
+            end.store(true, Ordering::Release);
         });
-        Ok(Self { child, events })
+        Ok(Self {
+            child,
+            events,
+            over,
+        })
     }
 
     /// The next event; `None` when `limit` passes or the watch ends.
     #[must_use]
     pub fn next(&self, limit: Duration) -> Option<Event> {
         self.events.recv_timeout(limit).ok()
+    }
+
+    /// Whether the apiserver ended it; events may still wait to be read.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.over.load(Ordering::Acquire)
     }
 
     /// Everything that has arrived.

@@ -1,6 +1,6 @@
 //! The commands, their arguments and their help.
 
-use crate::develop::{Bench, Conformance, Test};
+use crate::develop::{Bench, Chaos, Conformance, Test};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::os::unix::process::CommandExt;
@@ -40,6 +40,8 @@ pub(crate) enum Command {
     Tidy,
     /// Measure
     Bench(Bench),
+    /// Kill agents, shims and the apiserver of a lab at random, then check that nothing was lost
+    Chaos(Chaos),
     /// Run the unmodified upstream end-to-end suite on a lab
     Conformance(Conformance),
     /// List what labs left behind; exit code 1 when there is anything

@@ -5,6 +5,9 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
+use testkit::chaos::{self, ChaosOptions};
+use testkit::scenario::Scenario;
 use testkit::{bench, check as checks, conformance, suite};
 
 /// Exit code 1 when a check fails.
@@ -162,6 +165,44 @@ impl Conformance {
             may_install: !self.no_install,
             dry_run: self.dry_run,
         })?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Chaos {
+    #[command(flatten)]
+    lab: LabName,
+    /// How long the killing lasts; coming to rest and the checks come on top
+    #[arg(long, default_value_t = 300)]
+    seconds: u64,
+    /// Pods alive at once, at most
+    #[arg(long, default_value_t = 30)]
+    pods: usize,
+    /// Decides every choice [default: another one each time]
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+impl Chaos {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let scenario = Scenario::alone_in(&self.lab.lab, "chaos")?;
+        let clock = || {
+            std::time::UNIX_EPOCH
+                .elapsed()
+                .map_or(0, |now| now.as_secs())
+        };
+        let seed = self.seed.unwrap_or_else(clock);
+        println!("seed {seed}");
+        let report = chaos::run(
+            &scenario,
+            ChaosOptions {
+                seed,
+                duration: Duration::from_secs(self.seconds),
+                pods: self.pods,
+            },
+        )?;
+        println!("{report}; nothing was lost");
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -28,6 +28,7 @@ fn run(cli: cli::Cli) -> Result<ExitCode> {
         cli::Command::Check => develop::check(),
         cli::Command::Tidy => develop::tidy(),
         cli::Command::Bench(args) => args.run(),
+        cli::Command::Chaos(args) => args.run(),
         cli::Command::Conformance(args) => args.run(),
         cli::Command::Audit(args) => args.run(),
     }
