@@ -145,31 +145,52 @@ pub(super) fn history(events: &[Event], pods: &[ChaosPod]) -> Vec<String> {
             .first()
             .and_then(|o| pods.iter().find(|p| p.name == name(o)));
         let Some(pod) = pod else { continue };
+        found.extend(instances(objects).map(|what| format!("{}: {what}", pod.name)));
         for pair in objects.windows(2) {
             let complaint = step(pod, pair[0], pair[1]);
-            found.extend(complaint.map(|what| {
+            let line = |what| {
                 format!(
                     "{}: {what}: {} -> {}",
                     pod.name, pair[0]["status"], pair[1]["status"]
                 )
-            }));
+            };
+            found.extend(complaint.map(line));
         }
     }
     found
 }
 
+fn restarts(pod: &Value) -> i64 {
+    container(pod, "main")["restartCount"].as_i64().unwrap_or(0)
+}
+
+/// Each instance of a container is one restart more than the one before. The count may rise a
+/// status earlier than the new instance shows, as long as it rises.
+fn instances(objects: &[&Value]) -> Option<String> {
+    let mut current: Option<(String, i64)> = None;
+    for object in objects {
+        let id = text(container(object, "main"), "/containerID");
+        if id.is_empty() {
+            continue;
+        }
+        let count = restarts(object);
+        match &current {
+            Some((known, _)) if *known == id => {}
+            Some((known, first)) if count <= *first => {
+                return Some(format!("{known} became {id} with {count} restarts"));
+            }
+            Some(_) | None => current = Some((id, count)),
+        }
+    }
+    None
+}
+
 fn step(pod: &ChaosPod, before: &Value, after: &Value) -> Option<&'static str> {
-    let restarts = |o: &Value| container(o, "main")["restartCount"].as_i64().unwrap_or(0);
-    let id = |o: &Value| text(container(o, "main"), "/containerID");
     if restarts(after) < restarts(before) {
         return Some("the restart count fell");
     }
     if matches!(phase(before), "Succeeded" | "Failed") && phase(before) != phase(after) {
         return Some("a terminal phase changed");
-    }
-    let replaced = !id(before).is_empty() && !id(after).is_empty() && id(before) != id(after);
-    if replaced && restarts(after) == restarts(before) {
-        return Some("another container without a restart");
     }
     let ending = after.pointer("/metadata/deletionTimestamp").is_some();
     let flipped = is_ready(before) && !is_ready(after);
@@ -258,9 +279,11 @@ mod tests {
         let fell = object("True", "Running", 0, "a");
         assert_eq!(step(&steady, &fine, &fell), Some("the restart count fell"));
         let other = object("True", "Running", 1, "b");
+        assert!(instances(&[&fine, &other]).is_some());
+        let next = object("True", "Running", 2, "b");
         assert_eq!(
-            step(&steady, &fine, &other),
-            Some("another container without a restart")
+            instances(&[&fine, &object("False", "Running", 2, "a"), &next]),
+            None
         );
         let ended = object("False", "Succeeded", 1, "a");
         assert_eq!(
