@@ -52,8 +52,22 @@ pub(crate) struct Inner {
     sandboxes: Mutex<BTreeMap<SandboxId, Arc<Sandbox>>>,
     containers: Mutex<BTreeMap<ContainerId, Arc<Container>>>,
     seccomp: Mutex<HashMap<(String, Vec<u8>), String>>,
+    observer: Observer,
     /// Keeps other engines off our directories.
     _lock: std::fs::File,
+}
+
+/// Who is told about every operation: its CRI name, how long it took, whether it succeeded.
+type Observe = dyn Fn(&'static str, std::time::Duration, bool) + Send + Sync;
+
+/// The one observer, when there is one.
+#[derive(Default)]
+struct Observer(std::sync::OnceLock<Box<Observe>>);
+
+impl std::fmt::Debug for Observer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Observer")
+    }
 }
 
 /// A sandbox in memory.
@@ -204,6 +218,7 @@ impl Engine {
             sandboxes: Mutex::default(),
             containers: Mutex::default(),
             seccomp: Mutex::default(),
+            observer: Observer::default(),
             _lock: lock,
             config,
         });
@@ -221,6 +236,28 @@ impl Engine {
     #[must_use]
     pub fn images(&self) -> &ImageStore {
         &self.inner.images
+    }
+
+    /// Has every operation from now on told to `observe`. Only the first observer counts.
+    pub fn observe(
+        &self,
+        observe: impl Fn(&'static str, std::time::Duration, bool) + Send + Sync + 'static,
+    ) {
+        let _ = self.inner.observer.0.set(Box::new(observe));
+    }
+
+    /// Tells the observer about one operation.
+    pub(crate) async fn observed<T>(
+        &self,
+        operation: &'static str,
+        work: impl Future<Output = Result<T>> + Send,
+    ) -> Result<T> {
+        let began = std::time::Instant::now();
+        let result = work.await;
+        if let Some(observe) = self.inner.observer.0.get() {
+            observe(operation, began.elapsed(), result.is_ok());
+        }
+        result
     }
 
     /// Runs an operation to its end even when the caller goes away.
@@ -407,19 +444,25 @@ pub(crate) fn limits(resources: &Resources) -> Limits {
     }
 }
 
-/// Usage as callers want it.
-pub(crate) fn usage(stats: &Stats) -> CgroupStats {
-    let inactive = stats.memory_inactive_file;
-    CgroupStats {
-        time_ns: now_ns(),
-        cpu_usage_ns: stats.cpu_usage_ns,
-        memory_usage_bytes: stats.memory_usage,
-        memory_working_set_bytes: stats.memory_usage.saturating_sub(inactive),
-        memory_rss_bytes: stats.memory_anon,
-        page_faults: stats.page_faults,
-        major_page_faults: stats.major_page_faults,
-        memory_limit_bytes: stats.memory_limit,
-        pids: stats.pids,
+/// Usage as callers want it, read now.
+impl From<&Stats> for CgroupStats {
+    fn from(stats: &Stats) -> Self {
+        let inactive = stats.memory_inactive_file;
+        Self {
+            time_ns: now_ns(),
+            cpu_usage_ns: stats.cpu_usage_ns,
+            memory_usage_bytes: stats.memory_usage,
+            memory_working_set_bytes: stats.memory_usage.saturating_sub(inactive),
+            memory_rss_bytes: stats.memory_anon,
+            page_faults: stats.page_faults,
+            major_page_faults: stats.major_page_faults,
+            memory_limit_bytes: stats.memory_limit,
+            memory_inactive_file_bytes: inactive,
+            pids: stats.pids,
+            swap_usage_bytes: stats.swap_usage,
+            swap_limit_bytes: stats.swap_limit,
+            pressure: stats.pressure,
+        }
     }
 }
 
@@ -433,11 +476,19 @@ impl ImageService for Engine {
     }
 
     async fn pull(&self, image: &str, auth: &[RegistryAuth]) -> Result<ImageStatus> {
-        ImageService::pull(&self.inner.images, image, auth).await
+        self.observed(
+            "pull_image",
+            ImageService::pull(&self.inner.images, image, auth),
+        )
+        .await
     }
 
     async fn remove(&self, image: &str) -> Result<()> {
-        ImageService::remove(&self.inner.images, image).await
+        self.observed(
+            "remove_image",
+            ImageService::remove(&self.inner.images, image),
+        )
+        .await
     }
 
     fn fs_usage(&self) -> FsUsage {

@@ -1,9 +1,11 @@
-//! [`RuntimeService`] as the engine serves it: every call goes to its module.
+//! [`RuntimeService`] as the engine serves it: every call goes to its module,
+//! and those that change something are told to the observer.
 
-use crate::engine::{Engine, blocking, limits, usage};
+use crate::engine::{Engine, blocking, limits};
 use crate::service::{
-    CgroupStats, ContainerConfig, ContainerId, ContainerStatus, ExecOutput, ExecRequest, Resources,
-    Result, RuntimeEvent, RuntimeService, SandboxConfig, SandboxId, SandboxStatus, StreamSession,
+    CgroupDetails, CgroupStats, ContainerConfig, ContainerId, ContainerPlace, ContainerStatus,
+    ExecOutput, ExecRequest, Resources, Result, RuntimeEvent, RuntimeService, SandboxConfig,
+    SandboxId, SandboxStatus, StreamSession,
 };
 use crate::{container, exec, forward, sandbox};
 use std::sync::Arc;
@@ -12,17 +14,29 @@ use tokio::sync::broadcast;
 
 impl RuntimeService for Engine {
     async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxStatus> {
-        self.run(|inner| sandbox::create::run(inner, config)).await
+        self.observed(
+            "run_podsandbox",
+            self.run(|inner| sandbox::create::run(inner, config)),
+        )
+        .await
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<()> {
         let id = id.clone();
-        self.run(|inner| sandbox::teardown::stop(inner, id)).await
+        self.observed(
+            "stop_podsandbox",
+            self.run(|inner| sandbox::teardown::stop(inner, id)),
+        )
+        .await
     }
 
     async fn remove_sandbox(&self, id: &SandboxId) -> Result<()> {
         let id = id.clone();
-        self.run(|inner| sandbox::teardown::remove(inner, id)).await
+        self.observed(
+            "remove_podsandbox",
+            self.run(|inner| sandbox::teardown::remove(inner, id)),
+        )
+        .await
     }
 
     fn list_sandboxes(&self) -> Vec<SandboxStatus> {
@@ -45,25 +59,38 @@ impl RuntimeService for Engine {
         config: ContainerConfig,
     ) -> Result<ContainerId> {
         let sandbox = sandbox.clone();
-        self.run(|inner| container::create::create(inner, sandbox, config))
-            .await
+        self.observed(
+            "create_container",
+            self.run(|inner| container::create::create(inner, sandbox, config)),
+        )
+        .await
     }
 
     async fn start_container(&self, id: &ContainerId) -> Result<()> {
         let id = id.clone();
-        self.run(|inner| container::create::start(inner, id)).await
+        self.observed(
+            "start_container",
+            self.run(|inner| container::create::start(inner, id)),
+        )
+        .await
     }
 
     async fn stop_container(&self, id: &ContainerId, grace: Duration) -> Result<()> {
         let id = id.clone();
-        self.run(move |inner| container::teardown::stop(inner, id, grace))
-            .await
+        self.observed(
+            "stop_container",
+            self.run(move |inner| container::teardown::stop(inner, id, grace)),
+        )
+        .await
     }
 
     async fn remove_container(&self, id: &ContainerId) -> Result<()> {
         let id = id.clone();
-        self.run(|inner| container::teardown::remove(inner, id))
-            .await
+        self.observed(
+            "remove_container",
+            self.run(|inner| container::teardown::remove(inner, id)),
+        )
+        .await
     }
 
     fn list_containers(&self, sandbox: Option<&SandboxId>) -> Vec<ContainerStatus> {
@@ -81,13 +108,17 @@ impl RuntimeService for Engine {
 
     async fn update_resources(&self, id: &ContainerId, resources: Resources) -> Result<()> {
         let id = id.clone();
-        self.run(|inner| container::create::update(inner, id, resources))
-            .await
+        self.observed(
+            "update_container_resources",
+            self.run(|inner| container::create::update(inner, id, resources)),
+        )
+        .await
     }
 
     async fn exec(&self, id: &ContainerId, request: ExecRequest) -> Result<StreamSession> {
         let container = self.inner.container(id)?;
-        exec::exec(&self.inner, &container, request).await
+        self.observed("exec", exec::exec(&self.inner, &container, request))
+            .await
     }
 
     async fn exec_sync(
@@ -98,7 +129,11 @@ impl RuntimeService for Engine {
         limit: usize,
     ) -> Result<ExecOutput> {
         let container = self.inner.container(id)?;
-        exec::exec_sync(&self.inner, &container, command, timeout, limit).await
+        self.observed(
+            "exec_sync",
+            exec::exec_sync(&self.inner, &container, command, timeout, limit),
+        )
+        .await
     }
 
     async fn kill_exec(&self, session: &str) -> Result<()> {
@@ -107,7 +142,8 @@ impl RuntimeService for Engine {
 
     async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<StreamSession> {
         let container = self.inner.container(id)?;
-        exec::attach(&container, stdin).await
+        self.observed("attach", exec::attach(&container, stdin))
+            .await
     }
 
     async fn resize_tty(&self, session: &str, width: u16, height: u16) -> Result<()> {
@@ -138,13 +174,29 @@ impl RuntimeService for Engine {
     }
 
     fn cgroup_stats(&self, path: &str) -> Option<CgroupStats> {
-        self.inner.cgroups.stats(path).as_ref().map(usage)
+        self.inner.cgroups.stats(path).as_ref().map(CgroupStats::from)
     }
 
     fn container_stats(&self, id: &ContainerId) -> Option<CgroupStats> {
         let container = self.inner.container(id).ok()?;
         let cgroup = container.with(|r| r.cgroup.clone());
         self.cgroup_stats(&cgroup)
+    }
+
+    fn cgroup_details(&self, path: &str) -> Option<CgroupDetails> {
+        self.inner.cgroups.details(path)
+    }
+
+    fn container_place(&self, id: &ContainerId) -> Option<ContainerPlace> {
+        let container = self.inner.container(id).ok()?;
+        let config = &self.inner.config;
+        Some(ContainerPlace {
+            cgroup: container.with(|r| r.cgroup.clone()),
+            writable: vec![
+                container::store::dir(config, id).join("upper"),
+                container::store::volumes(config, id),
+            ],
+        })
     }
 
     fn events(&self) -> broadcast::Receiver<RuntimeEvent> {

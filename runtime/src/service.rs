@@ -5,6 +5,7 @@
 //! All operations are idempotent: repeating one that succeeded succeeds; removing or stopping
 //! what is not there succeeds.
 
+pub use linux::cgroup::{Details as CgroupDetails, DeviceIo, Pressure, Stall};
 pub use pod_shim::protocol::{Propagation, UserNamespace};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -427,7 +428,7 @@ pub struct ExecOutput {
 }
 
 /// Usage of one cgroup.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct CgroupStats {
     /// When it was read, nanoseconds since the epoch.
     pub time_ns: i64,
@@ -445,8 +446,25 @@ pub struct CgroupStats {
     pub major_page_faults: u64,
     /// Limit in force, none without one.
     pub memory_limit_bytes: Option<u64>,
-    /// Processes.
+    /// Inactive file cache.
+    pub memory_inactive_file_bytes: u64,
+    /// Processes and threads.
     pub pids: u64,
+    /// Swap in use.
+    pub swap_usage_bytes: u64,
+    /// Swap that may be used, none without a limit.
+    pub swap_limit_bytes: Option<u64>,
+    /// Standing still for want of CPU, memory and IO, where the kernel tells (cgroup v2).
+    pub pressure: Option<[Pressure; 3]>,
+}
+
+/// Where a container is on the node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ContainerPlace {
+    /// Its cgroup below the cgroup root.
+    pub cgroup: String,
+    /// Directories with what it wrote to its own root filesystem.
+    pub writable: Vec<PathBuf>,
 }
 
 /// Why the engine refused. The class decides retry and the reason users see.
@@ -579,6 +597,14 @@ pub trait RuntimeService: Send + Sync + 'static {
     fn cgroup_stats(&self, path: &str) -> Option<CgroupStats>;
     /// Usage of a container.
     fn container_stats(&self, id: &ContainerId) -> Option<CgroupStats>;
+    /// Counters and limits of a cgroup below the root that only thorough readers ask for.
+    fn cgroup_details(&self, _path: &str) -> Option<CgroupDetails> {
+        None
+    }
+    /// Where a container is; none when it is unknown.
+    fn container_place(&self, _id: &ContainerId) -> Option<ContainerPlace> {
+        None
+    }
     /// News from now on.
     fn events(&self) -> tokio::sync::broadcast::Receiver<RuntimeEvent>;
     /// Whether the network is ready; else why not (for the Node's Ready condition).

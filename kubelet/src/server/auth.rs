@@ -39,11 +39,10 @@ pub struct User {
 
 impl User {
     /// The holder of a verified client certificate.
-    pub fn from_certificate(name: String, mut groups: Vec<String>) -> Self {
-        groups.push("system:authenticated".to_owned());
+    pub fn from_certificate(name: String, groups: Vec<String>) -> Self {
         Self {
             name,
-            groups,
+            groups: with_authenticated(groups),
             ..Self::default()
         }
     }
@@ -55,6 +54,15 @@ impl User {
             ..Self::default()
         }
     }
+}
+
+/// The groups of somebody who has proven to be somebody.
+fn with_authenticated(mut groups: Vec<String>) -> Vec<String> {
+    const AUTHENTICATED: &str = "system:authenticated";
+    if !groups.iter().any(|g| g == AUTHENTICATED) {
+        groups.push(AUTHENTICATED.to_owned());
+    }
+    groups
 }
 
 /// What a request is about, for authorization.
@@ -70,10 +78,12 @@ pub struct Attributes {
 pub fn attributes(method: &Method, path: &str) -> Attributes {
     let verb = match method.as_str() {
         "POST" => "create",
+        "GET" => "get",
         "PUT" => "update",
         "PATCH" => "patch",
         "DELETE" => "delete",
-        _ => "get",
+        // Methods without a verb (HEAD, OPTIONS) are for those who may everything.
+        _ => "",
     };
     let below = |prefix: &str| {
         path.strip_prefix(prefix)
@@ -87,6 +97,10 @@ pub fn attributes(method: &Method, path: &str) -> Attributes {
         vec!["log"]
     } else if below("/checkpoint") {
         vec!["checkpoint"]
+    } else if below("/statusz") {
+        vec!["statusz"]
+    } else if below("/flagz") {
+        vec!["configz"]
     } else if below("/pods") || below("/runningpods") {
         vec!["pods", "proxy"]
     } else if below("/healthz") {
@@ -142,7 +156,7 @@ impl Auth {
     /// Who asks: by certificate (verified by TLS already) or bearer token.
     ///
     /// # Errors
-    /// [`Denied::Unauthenticated`], or [`Denied::Unavailable`] when a token cannot be reviewed.
+    /// [`Denied::Unauthenticated`], also when a token cannot be reviewed now.
     pub async fn authenticate(
         &self,
         certificate: Option<&User>,
@@ -151,13 +165,15 @@ impl Auth {
         if let Some(user) = certificate {
             return Ok(user.clone());
         }
+        // A token that is not good is refused even where nobody needs one; where tokens are not
+        // looked at, who shows one is as anonymous as others.
         if let Some(token) = bearer.filter(|_| self.config.token_review) {
             return self
                 .review_token(token)
                 .await?
                 .ok_or(Denied::Unauthenticated);
         }
-        if self.config.anonymous && bearer.is_none() {
+        if self.config.anonymous {
             return Ok(User::anonymous());
         }
         Err(Denied::Unauthenticated)
@@ -173,15 +189,20 @@ impl Auth {
             AuthorizationMode::Webhook => {}
         }
         for &subresource in &attributes.subresources {
-            if self
-                .review_access(user, attributes.verb, subresource)
-                .await?
-            {
+            let asked = self.review_access(user, attributes.verb, subresource);
+            let allowed = asked.await.map_err(|error| {
+                tracing::warn!(user = user.name, subresource, %error, "Cannot review access");
+                Denied::Unavailable(format!(
+                    "Authorization error (user={}, verb={}, resource=nodes, subresource={subresource})",
+                    user.name, attributes.verb
+                ))
+            })?;
+            if allowed {
                 return Ok(());
             }
         }
         Err(Denied::Forbidden(format!(
-            "Forbidden (user={}, verb={}, resource=nodes, subresource(s)=[{}])",
+            "Forbidden (user={}, verb={}, resource=nodes, subresource(s)=[{}])\n",
             user.name,
             attributes.verb,
             attributes.subresources.join(" ")
@@ -204,7 +225,10 @@ impl Auth {
         let api: Api<TokenReview> = Api::all(self.client.clone());
         let answer = within(REQUEST_TIMEOUT, api.create(&PostParams::default(), &review)).await;
         let status = answer
-            .map_err(|e| Denied::Unavailable(format!("review the token: {e}")))?
+            .map_err(|error| {
+                tracing::warn!(%error, "Cannot review a bearer token");
+                Denied::Unauthenticated
+            })?
             .status
             .unwrap_or_default();
         let user = status
@@ -213,7 +237,7 @@ impl Auth {
             .map(|u| User {
                 name: u.username.unwrap_or_default(),
                 uid: u.uid.unwrap_or_default(),
-                groups: u.groups.unwrap_or_default(),
+                groups: with_authenticated(u.groups.unwrap_or_default()),
                 extra: u.extra.unwrap_or_default(),
             });
         self.tokens.put(key, user.clone(), self.config.token_ttl);
@@ -225,7 +249,7 @@ impl Auth {
         user: &User,
         verb: &'static str,
         subresource: &'static str,
-    ) -> Result<bool, Denied> {
+    ) -> Result<bool, kube::Error> {
         let key = (user.clone(), verb, subresource);
         if let Some(known) = self.verdicts.get(&key) {
             return Ok(known);
@@ -250,10 +274,9 @@ impl Auth {
         };
         let api: Api<SubjectAccessReview> = Api::all(self.client.clone());
         let answer = within(REQUEST_TIMEOUT, api.create(&PostParams::default(), &review)).await;
-        let allowed = answer
-            .map_err(|e| Denied::Unavailable(format!("review the access: {e}")))?
+        let allowed = answer?
             .status
-            .is_some_and(|s| s.allowed);
+            .is_some_and(|s| s.allowed && s.denied != Some(true));
         let ttl = if allowed {
             self.config.allowed_ttl
         } else {
@@ -313,6 +336,12 @@ mod tests {
         assert_eq!(of("GET", "/metrics/resource"), ("get", vec!["metrics"]));
         assert_eq!(of("GET", "/stats/summary"), ("get", vec!["stats"]));
         assert_eq!(of("POST", "/exec/ns/p/c"), ("create", vec!["proxy"]));
+        assert_eq!(of("GET", "/exec/ns/p/c"), ("get", vec!["proxy"]));
+        assert_eq!(of("GET", "/runningpods/"), ("get", vec!["pods", "proxy"]));
+        assert_eq!(of("GET", "/logs/kern.log"), ("get", vec!["log"]));
+        assert_eq!(of("GET", "/statusz"), ("get", vec!["statusz"]));
+        assert_eq!(of("GET", "/flagz"), ("get", vec!["configz"]));
+        assert_eq!(of("HEAD", "/metrics"), ("", vec!["metrics"]));
         assert_eq!(
             of("GET", "/healthz/ping"),
             ("get", vec!["healthz", "proxy"])

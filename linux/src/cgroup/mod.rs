@@ -9,12 +9,14 @@
 //!
 //! References: kernel `admin-guide/cgroup-v1`, `admin-guide/cgroup-v2`.
 
+mod details;
 mod devices;
 pub mod fake;
 mod files;
 mod v1;
 mod v2;
 
+pub use details::{Details, DeviceIo, Pressure, Stall, pressure};
 pub use devices::{DeviceAccess, DeviceKind, DeviceRule, default_devices};
 pub use files::{Files, RealFiles};
 pub use v1::{Hierarchy, V1};
@@ -52,7 +54,7 @@ pub struct Limits {
 }
 
 /// What a cgroup used.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Stats {
     /// CPU time in nanoseconds.
     pub cpu_usage_ns: u64,
@@ -70,6 +72,12 @@ pub struct Stats {
     pub memory_limit: Option<u64>,
     /// Processes and threads.
     pub pids: u64,
+    /// Swap in use in bytes.
+    pub swap_usage: u64,
+    /// Swap that may be used in bytes, none when unlimited.
+    pub swap_limit: Option<u64>,
+    /// Standing still for want of CPU, memory and IO; none on kernels that do not tell (v1).
+    pub pressure: Option<[Pressure; 3]>,
 }
 
 /// A cgroup operation failed.
@@ -169,6 +177,9 @@ pub trait Cgroups: std::fmt::Debug + Send + Sync {
 
     /// Usage; none when the cgroup is not there.
     fn stats(&self, path: &str) -> Option<Stats>;
+
+    /// More of it, for those who read everything; none when the cgroup is not there.
+    fn details(&self, path: &str) -> Option<Details>;
 
     /// How often the kernel killed a process in it for memory.
     fn oom_kills(&self, path: &str) -> u64;

@@ -4,7 +4,9 @@
 //! not mounted is a controller that is not there: limits that need it are refused, except
 //! those whose absence is harmless.
 
-use super::{CgroupError, Cgroups, DeviceRule, Files, KILL_LIMIT, Limits, Stats, keyed, pids};
+use super::{
+    CgroupError, Cgroups, Details, DeviceRule, Files, KILL_LIMIT, Limits, Stats, keyed, pids,
+};
 use crate::mountinfo::MountEntry;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -383,14 +385,17 @@ impl<F: Files> Cgroups for V1<F> {
     fn stats(&self, path: &str) -> Option<Stats> {
         let memory = self.dir("memory", path).ok()?;
         let stat = self.files.read(&memory.clone()?.join("memory.stat")).ok()?;
-        let limit = keyed(&stat, "hierarchical_memory_limit").filter(|l| *l < UNLIMITED);
+        // Its own: what it is allowed, not what happens to be left of its parents' limits.
+        let limit = self
+            .read_number(memory.clone(), "memory.limit_in_bytes")
+            .filter(|l| *l < UNLIMITED);
         let total = |key: &str| keyed(&stat, key).unwrap_or(0);
         let cpuacct = self.dir("cpuacct", path).ok()?;
         let pids_dir = self.dir("pids", path).ok()?;
         Some(Stats {
             cpu_usage_ns: self.read_number(cpuacct, "cpuacct.usage").unwrap_or(0),
             memory_usage: self
-                .read_number(memory, "memory.usage_in_bytes")
+                .read_number(memory.clone(), "memory.usage_in_bytes")
                 .unwrap_or(0),
             memory_inactive_file: total("total_inactive_file"),
             memory_anon: total("total_rss"),
@@ -398,6 +403,59 @@ impl<F: Files> Cgroups for V1<F> {
             major_page_faults: total("total_pgmajfault"),
             memory_limit: limit,
             pids: self.read_number(pids_dir, "pids.current").unwrap_or(0),
+            swap_usage: total("total_swap"),
+            swap_limit: self
+                .read_number(memory, "memory.memsw.limit_in_bytes")
+                .filter(|l| *l < UNLIMITED)
+                .map(|both| both.saturating_sub(limit.unwrap_or(0))),
+            pressure: None,
+        })
+    }
+
+    fn details(&self, path: &str) -> Option<Details> {
+        let dir = |controller: &str| self.dir(controller, path).ok().flatten();
+        let (cpu, memory, acct) = (dir("cpu"), dir("memory"), dir("cpuacct"));
+        let text = |dir: &Option<PathBuf>, file: &str| {
+            let read = dir.as_ref().map(|d| self.files.read(&d.join(file)));
+            read.and_then(Result::ok).unwrap_or_default()
+        };
+        let number = |dir: &Option<PathBuf>, file: &str| self.read_number(dir.clone(), file);
+        let stat = text(&memory, "memory.stat");
+        if stat.is_empty() && text(&cpu, "cpu.shares").is_empty() {
+            return None;
+        }
+        let throttled = text(&cpu, "cpu.stat");
+        let blkio = dir("blkio");
+        let recursive = |name: &str| {
+            let all = text(&blkio, &format!("blkio.throttle.{name}_recursive"));
+            // Kernels before 4.16 count only the cgroup itself.
+            let own = || text(&blkio, &format!("blkio.throttle.{name}"));
+            if all.is_empty() { own() } else { all }
+        };
+        let pids = dir("pids");
+        let of = |text: &str, key: &str| keyed(text, key).unwrap_or(0);
+        Some(Details {
+            cpu_user_ns: number(&acct, "cpuacct.usage_user").unwrap_or(0),
+            cpu_system_ns: number(&acct, "cpuacct.usage_sys").unwrap_or(0),
+            cpu_periods: of(&throttled, "nr_periods"),
+            cpu_throttled_periods: of(&throttled, "nr_throttled"),
+            cpu_throttled_ns: of(&throttled, "throttled_time"),
+            cpu_shares: number(&cpu, "cpu.shares").unwrap_or(0),
+            // No quota is -1, which is no number here.
+            cpu_quota_us: number(&cpu, "cpu.cfs_quota_us"),
+            cpu_period_us: number(&cpu, "cpu.cfs_period_us").unwrap_or(0),
+            memory_cache: of(&stat, "total_cache"),
+            memory_mapped_file: of(&stat, "total_mapped_file"),
+            memory_active_file: of(&stat, "total_active_file"),
+            memory_kernel: number(&memory, "memory.kmem.usage_in_bytes").unwrap_or(0),
+            memory_max_usage: number(&memory, "memory.max_usage_in_bytes").unwrap_or(0),
+            memory_failures: number(&memory, "memory.failcnt").unwrap_or(0),
+            memory_swap_limit: number(&memory, "memory.memsw.limit_in_bytes")
+                .filter(|l| *l < UNLIMITED),
+            oom_kills: self.oom_kills(path),
+            processes: super::pids(&text(&memory, "cgroup.procs")).collect(),
+            threads_max: number(&pids, "pids.max"),
+            io: super::details::io_v1(&recursive("io_service_bytes"), &recursive("io_serviced")),
         })
     }
 

@@ -2,7 +2,7 @@
 
 use super::v1::remove_dir_patiently;
 use super::{
-    CgroupError, Cgroups, DeviceRule, Files, KILL_LIMIT, Limits, Stats, keyed, pids,
+    CgroupError, Cgroups, Details, DeviceRule, Files, KILL_LIMIT, Limits, Stats, keyed, pids,
     weight_of_shares,
 };
 use std::io;
@@ -97,6 +97,19 @@ impl<F: Files> V2<F> {
     fn number(&self, dir: &Path, file: &str) -> Option<u64> {
         let content = self.files.read(&dir.join(file)).ok()?;
         content.trim().parse().ok()
+    }
+
+    /// The pressure files; none where the kernel has none.
+    fn pressure(&self, dir: &Path) -> Option<[super::Pressure; 3]> {
+        let read = |name: &str| {
+            let text = self.files.read(&dir.join(name)).ok()?;
+            Some(super::pressure(&text))
+        };
+        Some([
+            read("cpu.pressure")?,
+            read("memory.pressure")?,
+            read("io.pressure")?,
+        ])
     }
 
     fn apply_memory(&self, dir: &Path, bytes: i64) -> Result<(), CgroupError> {
@@ -270,6 +283,44 @@ impl<F: Files> Cgroups for V2<F> {
             major_page_faults: of("pgmajfault"),
             memory_limit: self.number(&dir, "memory.max"),
             pids: self.number(&dir, "pids.current").unwrap_or(0),
+            swap_usage: self.number(&dir, "memory.swap.current").unwrap_or(0),
+            swap_limit: self.number(&dir, "memory.swap.max"),
+            pressure: self.pressure(&dir),
+        })
+    }
+
+    fn details(&self, path: &str) -> Option<Details> {
+        let dir = self.dir(path).ok()?;
+        let text = |file: &str| self.files.read(&dir.join(file)).unwrap_or_default();
+        let cpu = self.files.read(&dir.join("cpu.stat")).ok()?;
+        let (memory, events) = (text("memory.stat"), text("memory.events"));
+        let of = |text: &str, key: &str| keyed(text, key).unwrap_or(0);
+        let number = |file: &str| self.number(&dir, file);
+        // `max 100000` or `20000 100000`.
+        let max = text("cpu.max");
+        let mut max = max.split_whitespace();
+        let quota = max.next().and_then(|q| q.parse().ok());
+        let limits = number("memory.max").zip(number("memory.swap.max"));
+        Some(Details {
+            cpu_user_ns: of(&cpu, "user_usec").saturating_mul(1000),
+            cpu_system_ns: of(&cpu, "system_usec").saturating_mul(1000),
+            cpu_periods: of(&cpu, "nr_periods"),
+            cpu_throttled_periods: of(&cpu, "nr_throttled"),
+            cpu_throttled_ns: of(&cpu, "throttled_usec").saturating_mul(1000),
+            cpu_shares: number("cpu.weight").map_or(0, super::details::shares_of_weight),
+            cpu_quota_us: quota,
+            cpu_period_us: max.next().and_then(|p| p.parse().ok()).unwrap_or(0),
+            memory_cache: of(&memory, "file"),
+            memory_mapped_file: of(&memory, "file_mapped"),
+            memory_active_file: of(&memory, "active_file"),
+            memory_kernel: of(&memory, "kernel"),
+            memory_max_usage: number("memory.peak").unwrap_or(0),
+            memory_failures: of(&events, "max"),
+            memory_swap_limit: limits.map(|(memory, swap)| memory.saturating_add(swap)),
+            oom_kills: of(&events, "oom_kill"),
+            processes: super::pids(&text("cgroup.procs")).collect(),
+            threads_max: number("pids.max"),
+            io: super::details::io_v2(&text("io.stat")),
         })
     }
 
