@@ -22,7 +22,8 @@ use crate::config::Config;
 use crate::events::{EventPace, EventSink};
 use crate::images::ImagePuller;
 use crate::launch::{LaunchContext, dns, qos};
-use crate::node::{Node, NodeHandle};
+use crate::metrics;
+use crate::node::{Node, NodeHandle, machine};
 use crate::objects::Objects;
 use crate::pod::clock::Clock;
 use crate::pod::index::PodIndex;
@@ -36,6 +37,7 @@ use crate::server::{self, Server, auth::Auth};
 use crate::source::file::FileSettings;
 use crate::source::http::HttpSettings;
 use crate::source::{self, PodChange, Source};
+use crate::stats::Stats;
 use crate::status::publish::{KubeStatusApi, StatusPublisher};
 use crate::userns::{self, UserNamespaces};
 use crate::volumes::{Volumes, VolumesConfig};
@@ -108,6 +110,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
             root: config.runtime_root.display().to_string(),
             message: e.message,
         })?;
+    engine.observe(metrics::runtime_operation);
     let Opened { clients, waiting } = api::open(&config);
     let agent = Agent::new(config.clone(), clients, Arc::new(engine), stop.clone());
     if let Some(waiting) = waiting {
@@ -197,7 +200,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         };
         let (events, poster) = EventSink::new(&self.config.node_name, pace);
         let index = PodIndex::new();
-        self.start_pods(context, &events, &index, &handle)?;
+        let volumes = self.start_pods(context, &events, &index, &handle)?;
         if self.config.is_standalone() {
             info!("Standalone: only static pods are run, no Node is registered");
             self.tracker.spawn(poster.log(self.stop.clone()));
@@ -206,7 +209,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             self.tracker.spawn(poster.run(client, self.stop.clone()));
             self.tracker.spawn(node.run(self.stop.clone()));
         }
-        let ended = self.serve(index).await;
+        let ended = self.serve(index, volumes).await;
 
         self.stop.cancel();
         self.tracker.close();
@@ -220,14 +223,15 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         ended
     }
 
-    /// The pipeline from the apiserver's watch to containers and back.
+    /// The pipeline from the apiserver's watch to containers and back; returns the volumes, for
+    /// those who measure them.
     fn start_pods(
         &self,
         context: LaunchContext,
         events: &EventSink,
         index: &PodIndex,
         node: &NodeHandle,
-    ) -> Result<(), AgentError> {
+    ) -> Result<Volumes, AgentError> {
         let client = self.clients.main.clone();
         let objects = Arc::new(Objects::new(client.clone()));
         let context = Arc::new(arc_swap::ArcSwap::from_pointee(context));
@@ -243,6 +247,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
                 UserNamespaces::open(&self.config.root_dir, pool, self.config.max_pods)
             })
             .map_err(|e| AgentError::UserNamespaces(e.to_string()))?;
+        let kept = volumes.clone();
         let environment = Arc::new(NodeEnvironment {
             runtime: self.runtime.clone(),
             context,
@@ -298,7 +303,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             let keeper = Keeper::new(mirrors, client, node.clone());
             self.tracker.spawn(keeper.run(self.stop.clone()));
         }
-        Ok(())
+        Ok(kept)
     }
 
     /// Where pods come from, as configured.
@@ -359,7 +364,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
     }
 
     /// Serves until stopped, or until a listener fails.
-    async fn serve(&self, index: PodIndex) -> Result<(), AgentError> {
+    async fn serve(&self, index: PodIndex, volumes: Volumes) -> Result<(), AgentError> {
         let settings = &self.config.server;
         let health = async {
             if settings.healthz.port() == 0 {
@@ -367,9 +372,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
                 return Ok(());
             }
             let (tracker, stop) = (self.tracker.clone(), self.stop.clone());
-            let heartbeat = Arc::clone(&self.heartbeat);
-            let problem = move || heartbeat.problem();
-            server::serve_health(settings.healthz, problem, tracker, stop)
+            server::serve_health(settings.healthz, self.problem(), tracker, stop)
                 .await
                 .map_err(|e| AgentError::Serve {
                     what: "healthz",
@@ -381,15 +384,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
                 self.stop.cancelled().await;
                 return Ok(());
             }
-            let client = self.clients.main.clone();
-            let server = Server {
-                config: self.config.clone(),
-                runtime: self.runtime.clone(),
-                index,
-                auth: Auth::new(client, &self.config.node_name, settings.clone()),
-                tracker: self.tracker.clone(),
-                stop: self.stop.clone(),
-            };
+            let server = self.server(index, volumes);
             server::serve(server, self.stop.clone())
                 .await
                 .map_err(|e| AgentError::Serve {
@@ -398,6 +393,39 @@ impl<R: RuntimeService + ImageService> Agent<R> {
                 })
         };
         tokio::try_join!(health, api).map(drop)
+    }
+
+    /// What is wrong with the pod loop.
+    fn problem(&self) -> server::Problem {
+        let heartbeat = Arc::clone(&self.heartbeat);
+        Arc::new(move || heartbeat.problem())
+    }
+
+    /// The HTTPS API's parts.
+    fn server(&self, index: PodIndex, volumes: Volumes) -> Server<R> {
+        let config = &self.config;
+        let client = self.clients.main.clone();
+        let credentials = self.clients.credentials.clone();
+        let paths = move |uid: &str| volumes.paths(uid);
+        Server {
+            config: config.clone(),
+            runtime: self.runtime.clone(),
+            auth: Auth::new(client, &config.node_name, config.server.clone()),
+            tracker: self.tracker.clone(),
+            stop: self.stop.clone(),
+            stats: Arc::new(Stats::new(
+                self.runtime.clone(),
+                config.clone(),
+                index.clone(),
+                Arc::new(paths),
+            )),
+            index,
+            machine: Arc::new(machine::machine()),
+            problem: self.problem(),
+            certificate_ttl_s: Arc::new(move || credentials.ttl_s()),
+            cgroup_v2: Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
+            started: jiff::Timestamp::now(),
+        }
     }
 
     /// Makes the cgroups that hold pods, limited to what pods may use.

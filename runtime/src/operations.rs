@@ -174,7 +174,11 @@ impl RuntimeService for Engine {
     }
 
     fn cgroup_stats(&self, path: &str) -> Option<CgroupStats> {
-        self.inner.cgroups.stats(path).as_ref().map(CgroupStats::from)
+        self.inner
+            .cgroups
+            .stats(path)
+            .as_ref()
+            .map(CgroupStats::from)
     }
 
     fn container_stats(&self, id: &ContainerId) -> Option<CgroupStats> {

@@ -105,6 +105,12 @@ impl Credentials {
         ))
     }
 
+    /// Seconds until our certificate ends, negative when it has; none while there is none.
+    pub fn ttl_s(&self) -> Option<i64> {
+        let identity = self.known.get()?.identity.get()?;
+        Some(identity.not_after - jiff::Timestamp::now().as_second())
+    }
+
     /// Logs why `doing` ("renew the node lease") failed, once per reason: `said` is what this
     /// caller said last; trouble with the certificate is said once for all callers.
     pub fn complain(&self, doing: &str, error: &kube::Error, said: &mut String) {

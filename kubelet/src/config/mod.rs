@@ -54,6 +54,9 @@ pub struct ServerConfig {
     pub address: SocketAddr,
     /// Where plain `/healthz` listens; port 0 is off.
     pub healthz: SocketAddr,
+    /// Where the read-only port listens (plain HTTP, nobody is asked who they are); port 0 is
+    /// off.
+    pub read_only: SocketAddr,
     /// Serving certificate (PEM chain); empty: self-signed, kept in `cert_dir`.
     pub tls_cert_file: PathBuf,
     /// Key of `tls_cert_file`.
@@ -76,6 +79,12 @@ pub struct ServerConfig {
     pub denied_ttl: Duration,
     /// Logs, exec and the like are served (`enableDebuggingHandlers`).
     pub debugging_handlers: bool,
+    /// Files below `/var/log` are served (`enableSystemLogHandler`).
+    pub system_logs: bool,
+    /// The verbosity of the log can be changed (`enableDebugFlagsHandler`).
+    pub debug_flags: bool,
+    /// Profiles are served (`enableProfilingHandler`).
+    pub profiling: bool,
     /// A streaming connection without traffic is closed after this long.
     pub streaming_idle_timeout: Duration,
 }

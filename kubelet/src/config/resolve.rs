@@ -398,6 +398,7 @@ fn server(tree: &Tree<'_>, problems: &mut Vec<Problem>) -> ServerConfig {
             ip("healthzBindAddress", [127, 0, 0, 1]),
             tree.int("healthzPort", 10248),
         ),
+        read_only: SocketAddr::new(ip("address", [0, 0, 0, 0]), tree.int("readOnlyPort", 0)),
         tls_cert_file: cert,
         tls_key_file: key,
         tls13_only: tree.text("tlsMinVersion", "") == "VersionTLS13",
@@ -412,6 +413,9 @@ fn server(tree: &Tree<'_>, problems: &mut Vec<Problem>) -> ServerConfig {
         allowed_ttl: tree.duration("authorization.webhook.cacheAuthorizedTTL", seconds(300)),
         denied_ttl: tree.duration("authorization.webhook.cacheUnauthorizedTTL", seconds(30)),
         debugging_handlers: tree.bool("enableDebuggingHandlers", true),
+        system_logs: tree.bool("enableSystemLogHandler", true),
+        debug_flags: tree.bool("enableDebugFlagsHandler", true),
+        profiling: tree.bool("enableProfilingHandler", true),
         streaming_idle_timeout: tree.duration("streamingConnectionIdleTimeout", seconds(14_400)),
     }
 }
@@ -595,11 +599,22 @@ fn effective(config: &Config, tree: Map<String, Value>) -> Value {
             Map::new()
         }
     };
-    for (name, period) in [
-        ("fileCheckFrequency", config.file_check_frequency),
-        ("httpCheckFrequency", config.http_check_frequency),
+    // One macro cannot hold all of it.
+    for (name, value) in [
+        (
+            "fileCheckFrequency",
+            json!(duration::format(config.file_check_frequency)),
+        ),
+        (
+            "httpCheckFrequency",
+            json!(duration::format(config.http_check_frequency)),
+        ),
+        ("enableSystemLogHandler", json!(config.server.system_logs)),
+        ("enableDebugFlagsHandler", json!(config.server.debug_flags)),
+        ("enableProfilingHandler", json!(config.server.profiling)),
+        ("readOnlyPort", json!(config.server.read_only.port())),
     ] {
-        shown.insert(name.to_owned(), json!(duration::format(period)));
+        shown.insert(name.to_owned(), value);
     }
     super::check::merge(&mut shown, tree);
     // Whoever may read the configuration need not read these secrets.

@@ -18,6 +18,7 @@ pub use keyring::Keyring;
 
 use crate::config::ImageSettings;
 use crate::events::{EventSink, EventType, field_path};
+use crate::metrics;
 use backoff::BackOff;
 use k8s_openapi::api::core::v1::{Pod, Secret};
 use pace::Pace;
@@ -226,6 +227,8 @@ impl<R: ImageService> ImagePuller<R> {
             Ok(status) => {
                 self.backoff.forget(uid, image);
                 let (own, all) = (started.elapsed(), asked.elapsed());
+                let size = metrics::image_size(status.size_bytes);
+                metrics::metrics().image_pull.with([size]).observe_time(own);
                 let message = format!(
                     "Successfully pulled image {image:?} in {} ({} including waiting). Image \
                      size: {} bytes.",

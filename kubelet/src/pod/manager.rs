@@ -8,15 +8,16 @@
 
 use super::environment::PodEnvironment;
 use super::mirror::Mirrors;
-use super::spec;
 use super::state::Cause;
 use super::worker::{Desired, Mailbox, Worker, WorkerDeps};
+use super::{measure, spec};
 use crate::events::EventType;
+use crate::metrics::metrics;
 use crate::probes::ProbeUpdate;
 use crate::source::{self, PodChange, Source};
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use runtime::service::{RuntimeEvent, RuntimeService};
+use runtime::service::{RuntimeEvent, RuntimeEventKind, RuntimeService};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -312,6 +313,8 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
                 self.deps
                     .events
                     .pod_event(&desired.pod, None, warning, &refusal.reason, text);
+                let rejections = &metrics().admission_rejections;
+                rejections.with([&refusal.reason]).inc();
                 desired.rejected = Some(Cause::Failed {
                     reason: refusal.reason,
                     message: format!("Pod was rejected: {}", refusal.message),
@@ -344,7 +347,19 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
 
     fn news(&mut self, event: Result<RuntimeEvent, broadcast::error::RecvError>) {
         match event {
-            Ok(RuntimeEvent::Changed { pod_uid, .. }) => {
+            Ok(RuntimeEvent::Changed {
+                pod_uid,
+                container,
+                kind,
+                ..
+            }) => {
+                if kind == RuntimeEventKind::Exited
+                    && let Some(entry) = self.deps.index.by_uid(&pod_uid)
+                    && let Some(ended) =
+                        container.and_then(|id| self.deps.runtime.container_status(&id))
+                {
+                    measure::end(&entry.pod, &ended);
+                }
                 if let Some(worker) = self.workers.get(&pod_uid) {
                     worker.mailbox.wake();
                 }

@@ -13,6 +13,7 @@ mod hooks;
 pub mod index;
 pub mod launcher;
 pub mod manager;
+mod measure;
 pub mod mirror;
 pub mod plan;
 pub mod spec;

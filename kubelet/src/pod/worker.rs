@@ -9,6 +9,7 @@ use super::clock::{Clock, nanoseconds};
 use super::environment::PodEnvironment;
 use super::execute::{self, Ended, Outcome};
 use super::index::{ContainerRefs, PodEntry, PodIndex};
+use super::measure::Measure;
 use super::plan::kill::{self, words};
 use super::plan::{self, Action, KillReason, PlanInput, PodPlan, Waiting};
 use super::spec;
@@ -27,7 +28,7 @@ use runtime::service::{ContainerId, RuntimeService};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument, debug, info, warn};
@@ -120,6 +121,7 @@ pub struct Worker<R: RuntimeService, E: PodEnvironment> {
     pub(super) actions: JoinSet<Outcome<E>>,
     pulls: Vec<AbortHandle>,
     panicked: bool,
+    pub(super) measure: Measure,
 }
 
 impl<R: RuntimeService, E: PodEnvironment> std::fmt::Debug for Worker<R, E> {
@@ -140,6 +142,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
     ) -> Self {
         let first = desired.borrow().clone();
         let reported = first.pod.status.clone().unwrap_or_default();
+        let measure = Measure::new(&reported);
         let start_time = reported
             .start_time
             .as_ref()
@@ -176,6 +179,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             actions: JoinSet::new(),
             pulls: Vec::new(),
             panicked: false,
+            measure,
         }
     }
 
@@ -189,7 +193,10 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         async move {
             loop {
                 self.take_desired();
-                let wake_at_ns = match self.step() {
+                let began = Instant::now();
+                let next = self.step();
+                self.measure.looked(&self.pod, began);
+                let wake_at_ns = match next {
                     Next::Finished => break,
                     Next::Again => continue,
                     Next::Wait(at) => at,
@@ -213,6 +220,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             return;
         }
         let newest = self.desired.borrow_and_update().clone();
+        self.measure.updated();
         let old = std::mem::replace(&mut self.pod, newest.pod);
         self.gone |= newest.gone;
         self.published = false;
@@ -459,6 +467,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             self.status = Arc::new(status);
         }
         self.published = true;
+        self.measure.status(&self.pod, &self.status, now);
         self.deps.index.insert(PodEntry {
             pod: self.pod.clone(),
             status: self.status.clone(),
@@ -495,6 +504,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         let is_pull = matches!(action, Action::EnsureImage { .. });
         let handle = execute::begin(self, action, observed, self.status.clone());
         if is_pull {
+            self.measure.pull_begins();
             self.pulls.retain(|p| !p.is_finished());
             self.pulls.push(handle);
         }

@@ -25,6 +25,7 @@ mod http;
 pub mod verdict;
 
 use crate::events::{EventSink, EventType, field_path};
+use crate::metrics::metrics;
 use check::{Checker, Outcome, Target};
 use k8s_openapi::api::core::v1::{Container, Pod, Probe};
 use runtime::service::{ContainerId, RuntimeService};
@@ -385,6 +386,7 @@ impl<R: RuntimeService> ProbeTask<R> {
             pod_ip: self.target.pod_ip,
             timeout: seconds(self.probe.timeout_seconds, 1),
         };
+        let began = Instant::now();
         let mut outcome = self.probes.inner.checker.check(&self.probe, &target).await;
         for _ in 1..MAX_TRIES {
             if !outcome.errored {
@@ -392,7 +394,27 @@ impl<R: RuntimeService> ProbeTask<R> {
             }
             outcome = self.probes.inner.checker.check(&self.probe, &target).await;
         }
+        self.count(&outcome, began.elapsed());
         outcome
+    }
+
+    fn count(&self, outcome: &Outcome, took: Duration) {
+        let meta = &self.target.pod.metadata;
+        let of = |text: &Option<String>| text.clone().unwrap_or_default();
+        let (pod, namespace, uid) = (of(&meta.name), of(&meta.namespace), of(&meta.uid));
+        let (kind, container) = (self.kind.word(), self.target.container_name.as_str());
+        let result = match (outcome.success, outcome.errored) {
+            (true, _) => "successful",
+            (false, false) => "failed",
+            (false, true) => "unknown",
+        };
+        let all = metrics();
+        all.probes
+            .with([kind, result, container, &pod, &namespace, &uid])
+            .inc();
+        all.probe_durations
+            .with([kind, container, &pod, &namespace])
+            .observe_time(took);
     }
 
     fn record(&self, outcome: &Outcome) {

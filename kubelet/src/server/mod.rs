@@ -2,20 +2,26 @@
 //!
 //! Reads snapshots ([`PodIndex`]) and calls [`RuntimeService`]; writes nothing. One task accepts,
 //! one task per connection serves; both end with the token. Every request but those on the
-//! health port is authenticated and authorized ([`auth`]).
+//! health port and the read-only port (off by default) is authenticated and authorized ([`auth`]).
 //!
 //! Bounds: connections ([`MAX_CONNECTIONS`]), handshake and header time, request line and header
 //! size (hyper's own), no request body is read.
 
 pub mod auth;
+mod health;
 pub mod logs;
+mod node_logs;
+mod observe;
 mod routes;
 pub mod spdy;
 pub mod stream;
 pub mod tls;
+mod zpages;
 
 use crate::config::Config;
+use crate::node::machine::Machine;
 use crate::pod::index::PodIndex;
+use crate::stats::Stats;
 use auth::{Auth, User};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -52,7 +58,22 @@ pub struct Server<R> {
     pub tracker: TaskTracker,
     /// Ends sessions that outlive their request (exec, port-forward).
     pub stop: CancellationToken,
+    /// What node and pods take.
+    pub stats: Arc<Stats<R>>,
+    /// What the machine is.
+    pub machine: Arc<Machine>,
+    /// What is wrong with the pod loop, if anything is.
+    pub problem: Problem,
+    /// Life left of the node's certificate in seconds, while there is one.
+    pub certificate_ttl_s: Arc<dyn Fn() -> Option<i64> + Send + Sync>,
+    /// Whether the node has cgroup v2.
+    pub cgroup_v2: bool,
+    /// When the agent began.
+    pub started: jiff::Timestamp,
 }
+
+/// Tells what is wrong with a part of the agent, if anything is.
+pub type Problem = Arc<dyn Fn() -> Option<String> + Send + Sync>;
 
 impl<R> std::fmt::Debug for Server<R> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -71,13 +92,41 @@ pub async fn serve<R: RuntimeService + ImageService>(
     server: Server<R>,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    let tracker = server.tracker.clone();
     let address = server.config.server.address;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let tls = Arc::new(tls::serving(&server.config, provider)?);
     let listener = bind(address).await?;
     tracing::info!(%address, "Serving the HTTPS API");
     let server = Arc::new(server);
+    let read_only = serve_read_only(Arc::clone(&server), shutdown.clone());
+    tokio::try_join!(accept_all(listener, server, tls, shutdown), read_only).map(drop)
+}
+
+/// Serves the read-only port, when there is one, until `shutdown`.
+async fn serve_read_only<R: RuntimeService + ImageService>(
+    server: Arc<Server<R>>,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
+    let address = server.config.server.read_only;
+    if address.port() == 0 {
+        return Ok(());
+    }
+    let tracker = server.tracker.clone();
+    let answer = move |request| {
+        let server = Arc::clone(&server);
+        async move { server.handle_read_only(request).await }
+    };
+    serve_plain(address, answer, tracker, shutdown).await
+}
+
+/// Accepts connections of the HTTPS API until `shutdown`.
+async fn accept_all<R: RuntimeService + ImageService>(
+    listener: TcpListener,
+    server: Arc<Server<R>>,
+    tls: Arc<tls::ReloadingServer>,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
+    let tracker = server.tracker.clone();
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // Both arms are cancel-safe: an accepted connection is handed on before the next await.
@@ -176,22 +225,41 @@ fn holder(certificate: &CertificateDer<'_>) -> Option<User> {
 /// When the address cannot be bound.
 pub async fn serve_health(
     address: SocketAddr,
-    problem: impl Fn() -> Option<String> + Send + Sync + 'static,
+    problem: Problem,
     tracker: TaskTracker,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
+    let answer = move |request: hyper::Request<hyper::body::Incoming>| {
+        let answer = health::answer(request.uri(), problem().as_deref());
+        let missing = || routes::text(hyper::StatusCode::NOT_FOUND, "404 page not found\n");
+        std::future::ready(answer.unwrap_or_else(missing))
+    };
+    serve_plain(address, answer, tracker, shutdown).await
+}
+
+/// Serves plain HTTP until `shutdown`.
+async fn serve_plain<A, F>(
+    address: SocketAddr,
+    answer: A,
+    tracker: TaskTracker,
+    shutdown: CancellationToken,
+) -> io::Result<()>
+where
+    A: Fn(hyper::Request<hyper::body::Incoming>) -> F + Send + Sync + 'static,
+    F: Future<Output = hyper::Response<routes::Body>> + Send + 'static,
+{
     let listener = bind(address).await?;
     let slots = Arc::new(Semaphore::new(64));
-    let problem = Arc::new(problem);
+    let answer = Arc::new(answer);
     loop {
         let (stream, permit) = tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
             accepted = accept(&listener, &slots) => accepted?,
         };
-        let (problem, stop) = (Arc::clone(&problem), shutdown.clone());
-        let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
-            let answer = routes::health(request.uri().path(), problem().as_deref());
-            async move { Ok::<_, std::convert::Infallible>(answer) }
+        let (answer, stop) = (Arc::clone(&answer), shutdown.clone());
+        let service = service_fn(move |request| {
+            let answer = answer(request);
+            async move { Ok::<_, std::convert::Infallible>(answer.await) }
         });
         tracker.spawn(async move {
             let _permit = permit;

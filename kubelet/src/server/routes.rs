@@ -2,6 +2,9 @@
 
 use super::Server;
 use super::auth::{Denied, User, attributes};
+use super::logs::serve::SyncBody;
+use super::observe::{bucket, debugging_disabled};
+use crate::metrics::{Gauge, Histogram, metrics};
 use crate::pod::index::{ContainerRefs, PodEntry};
 use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
@@ -39,21 +42,11 @@ pub(super) fn json(value: &impl serde::Serialize) -> Response<Body> {
     }
 }
 
-/// The answer of the health port.
-pub(super) fn health(path: &str, problem: Option<&str>) -> Response<Full<Bytes>> {
-    let (status, body) = match (path, problem) {
-        ("/healthz/ping", _) | ("/healthz" | "/healthz/syncloop" | "/livez" | "/readyz", None) => {
-            (StatusCode::OK, "ok".to_owned())
-        }
-        ("/healthz" | "/healthz/syncloop" | "/livez" | "/readyz", Some(problem)) => (
-            StatusCode::INTERNAL_SERVER_ERROR,
-            format!("{problem}\nhealthz check failed\n"),
-        ),
-        _ => (StatusCode::NOT_FOUND, "404 page not found\n".to_owned()),
-    };
-    let mut response = Response::new(Full::new(Bytes::from(body)));
-    *response.status_mut() = status;
-    response
+/// A body that comes piece by piece.
+pub(super) fn stream_body(
+    stream: impl futures::Stream<Item = Result<hyper::body::Frame<Bytes>, Infallible>> + Send + 'static,
+) -> Body {
+    BodyExt::boxed(SyncBody::new(http_body_util::StreamBody::new(stream)))
 }
 
 /// Splits and decodes a query string.
@@ -94,6 +87,42 @@ fn decode(text: &str, plus: bool) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
+/// The decoded parts of a path.
+fn parts(path: &str) -> Vec<String> {
+    let parts = path.trim_matches('/').split('/');
+    parts.map(|p| decode(p, false)).collect()
+}
+
+/// A request under way.
+struct InFlight {
+    gauge: Arc<Gauge>,
+    durations: Arc<Histogram>,
+    began: std::time::Instant,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.gauge.add(-1);
+        self.durations.observe_time(self.began.elapsed());
+    }
+}
+
+/// The method as it is counted: what clients make up is all one.
+fn counted_method(method: &hyper::Method) -> &'static str {
+    const KNOWN: [&str; 8] = [
+        "OPTIONS", "GET", "HEAD", "POST", "PUT", "DELETE", "TRACE", "CONNECT",
+    ];
+    let known = KNOWN.into_iter().find(|k| *k == method.as_str());
+    known.unwrap_or("other")
+}
+
+/// The token of an `Authorization` header (RFC 6750); the scheme is in any case.
+fn bearer_token(header: &str) -> Option<&str> {
+    let (scheme, token) = header.trim().split_once(' ')?;
+    let token = token.trim();
+    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
+}
+
 /// One container of one pod, as a path names it.
 pub(super) struct Place {
     pub(super) entry: Arc<PodEntry>,
@@ -102,20 +131,36 @@ pub(super) struct Place {
 }
 
 impl<R: RuntimeService + ImageService> Server<R> {
-    /// Answers one request.
+    /// Answers one request and counts it.
     pub(super) async fn handle(
         self: Arc<Self>,
         request: Request<Incoming>,
         peer: Option<&User>,
     ) -> Response<Body> {
+        let method = counted_method(request.method());
+        let path = bucket(request.uri().path());
+        let long = matches!(path, "exec" | "attach" | "portForward" | "debug");
+        let long = if long { "true" } else { "false" };
+        let labels = [method, path, "readwrite", long];
+        let all = metrics();
+        all.http_requests.with(labels).inc();
+        // Dropped with a client that leaves, too.
+        let counted = InFlight {
+            gauge: all.http_inflight.with(labels),
+            durations: all.http_durations.with(labels),
+            began: std::time::Instant::now(),
+        };
+        counted.gauge.add(1);
+        self.answer(request, peer).await
+    }
+
+    async fn answer(&self, request: Request<Incoming>, peer: Option<&User>) -> Response<Body> {
         let path = request.uri().path().to_owned();
         let bearer = request
             .headers()
             .get(AUTHORIZATION)
-            .and_then(|v| v.to_str().ok());
-        let bearer = bearer
-            .and_then(|v| v.strip_prefix("Bearer "))
-            .map(str::trim);
+            .and_then(|v| v.to_str().ok())
+            .and_then(bearer_token);
         let checked = async {
             let user = self.auth.authenticate(peer, bearer).await?;
             self.auth
@@ -135,18 +180,35 @@ impl<R: RuntimeService + ImageService> Server<R> {
         self.route(request, &path).await
     }
 
-    async fn route(&self, request: Request<Incoming>, path: &str) -> Response<Body> {
-        let parts: Vec<String> = path
-            .trim_matches('/')
-            .split('/')
-            .map(|p| decode(p, false))
-            .collect();
+    /// Answers on the port where nobody is asked who they are: only what harms nobody.
+    pub(super) async fn handle_read_only(&self, request: Request<Incoming>) -> Response<Body> {
+        let path = request.uri().path().to_owned();
+        let method = counted_method(request.method());
+        let labels = [method, bucket(&path), "readonly", "false"];
+        metrics().http_requests.with(labels).inc();
+        let parts = parts(&path);
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+        if let Some(answer) = self.observe(&request, &parts).await {
+            return answer;
+        }
+        match bucket(&path) {
+            "run" | "exec" | "attach" | "portForward" | "containerLogs" | "runningpods"
+            | "logs" => debugging_disabled(),
+            _ => text(StatusCode::NOT_FOUND, "404 page not found\n"),
+        }
+    }
+
+    async fn route(&self, request: Request<Incoming>, path: &str) -> Response<Body> {
+        let parts = parts(path);
+        let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+        if let Some(answer) = self.observe(&request, &parts).await {
+            return answer;
+        }
+        if let Some(answer) = self.inspect(&request, path, &parts).await {
+            return answer;
+        }
         let debugging = self.config.server.debugging_handlers;
         match parts.as_slice() {
-            ["healthz"] | ["healthz", "ping" | "syncloop" | "log"] => text(StatusCode::OK, "ok"),
-            ["pods"] => self.pods(),
-            ["configz"] => json(&serde_json::json!({ "kubeletconfig": self.config.effective })),
             ["containerLogs", namespace, pod, container] if debugging => {
                 match self.find(namespace, pod, container) {
                     Ok(place) => self.container_logs(&request, &place),
@@ -165,18 +227,6 @@ impl<R: RuntimeService + ImageService> Server<R> {
             ),
             _ => text(StatusCode::NOT_FOUND, "404 page not found\n"),
         }
-    }
-
-    fn pods(&self) -> Response<Body> {
-        let items: Vec<_> = self
-            .index
-            .list()
-            .iter()
-            .map(|e| e.pod_with_status())
-            .collect();
-        json(&serde_json::json!({
-            "kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items,
-        }))
     }
 
     fn find(
@@ -224,6 +274,14 @@ fn declares(entry: &PodEntry, name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bearer_token_is_found_in_any_spelling_of_its_scheme() {
+        assert_eq!(bearer_token("Bearer abc"), Some("abc"));
+        assert_eq!(bearer_token("bearer  abc "), Some("abc"));
+        assert_eq!(bearer_token("Basic abc"), None);
+        assert_eq!(bearer_token("Bearer "), None);
+    }
 
     #[test]
     fn queries_are_decoded_as_the_apiserver_writes_them() {

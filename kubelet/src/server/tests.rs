@@ -104,6 +104,13 @@ pub(super) async fn node() -> Node {
     let auth = Auth::new(apiserver(), "node", config.server.clone());
     let stop = CancellationToken::new();
     let tracker = TaskTracker::new();
+    let volumes: crate::stats::VolumePaths = Arc::new(|_| Vec::new());
+    let stats = Stats::new(
+        Arc::clone(&runtime),
+        Arc::clone(&config),
+        index.clone(),
+        volumes,
+    );
     let server = Server {
         config,
         runtime: Arc::clone(&runtime),
@@ -111,6 +118,12 @@ pub(super) async fn node() -> Node {
         auth,
         tracker,
         stop: stop.clone(),
+        stats: Arc::new(stats),
+        machine: Arc::default(),
+        problem: Arc::new(|| None),
+        certificate_ttl_s: Arc::new(|| Some(60)),
+        cgroup_v2: true,
+        started: jiff::Timestamp::now(),
     };
     tokio::spawn(serve(server, stop.clone()));
     Node {

@@ -8,6 +8,7 @@
 
 use super::derive::is_terminal_phase;
 use super::patch;
+use crate::metrics::metrics;
 use crate::pod::spec;
 use crate::source::is_static;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
@@ -130,6 +131,8 @@ struct Slot {
     base_version: u64,
     /// When to send; none when base and wanted agree.
     due: Option<Instant>,
+    /// Since when something waits to be told.
+    changed: Option<Instant>,
     in_flight: bool,
     failures: u32,
     farewell: Option<oneshot::Sender<()>>,
@@ -199,6 +202,7 @@ impl StatusPublisher {
                 base: Arc::default(),
                 base_version: 0,
                 due: None,
+                changed: None,
                 in_flight: false,
                 failures: 0,
                 farewell: None,
@@ -207,6 +211,7 @@ impl StatusPublisher {
             slot.learn(object);
         }
         slot.wanted = status;
+        slot.changed.get_or_insert(now);
         let last = farewell.is_some();
         if last {
             slot.farewell = farewell;
@@ -377,6 +382,12 @@ impl<A: StatusApi> PublishTask<A> {
         match done.result {
             Ok(version) => {
                 slot.failures = 0;
+                // What changed meanwhile goes on waiting.
+                if slot.due.is_none()
+                    && let Some(changed) = slot.changed.take()
+                {
+                    metrics().pod_status_sync.observe_time(changed.elapsed());
+                }
                 if let Some(version) = version.filter(|v| *v > slot.base_version) {
                     slot.base = done.sent;
                     slot.base_version = version;

@@ -185,6 +185,17 @@ impl Volumes {
         Ok(Self { inner, _live: live })
     }
 
+    /// Where the volumes of a pod are: names and directories of those that are ready.
+    pub fn paths(&self, uid: &str) -> Vec<(String, PathBuf)> {
+        let state = lock(&self.inner.pods).get(uid).cloned();
+        let ready = state.and_then(|s| lock(&s.ready).clone());
+        let volumes = ready.map(|v| v.by_name).unwrap_or_default();
+        volumes
+            .into_iter()
+            .map(|(name, v)| (name, v.path))
+            .collect()
+    }
+
     /// Makes the pod's volumes and keeps them up to date from then on. Idempotent: a pod whose
     /// volumes are there is answered at once.
     ///

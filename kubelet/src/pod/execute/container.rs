@@ -7,6 +7,7 @@ use crate::launch::{ANNOTATION_BACKOFF, ANNOTATION_HASH};
 use crate::observe::PodObservation;
 use crate::pod::environment::{PodEnvironment, StartContext, StepError};
 use crate::pod::hooks::{self, HookTarget, Hooked};
+use crate::pod::measure;
 use crate::pod::plan::{KillContainer, PreStop, StartContainer};
 use crate::pod::spec;
 use crate::pod::state::CrashBackoff;
@@ -205,7 +206,10 @@ impl<R: RuntimeService, E: PodEnvironment> Launch<'_, R, E> {
         self.event(EventType::Normal, "Created", "Container created".to_owned());
         started.ran = true;
         started.backoff = self.backoff;
-        match runtime.start_container(&id).await {
+        let began = runtime.start_container(&id).await;
+        let failure = began.as_ref().err().map(|_| "RunContainerError");
+        measure::start(found.kind, failure);
+        match began {
             Ok(()) => {
                 self.event(EventType::Normal, "Started", "Container started".to_owned());
                 let hooked = self.post_start(&found.spec, &id, pod_ip).await;

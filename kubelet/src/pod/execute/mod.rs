@@ -9,6 +9,7 @@ use super::plan::Action;
 use super::spec;
 use super::state::{CrashBackoff, Step, Steps};
 use super::worker::{Worker, WorkerDeps};
+use crate::metrics::metrics;
 use crate::observe::PodObservation;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use runtime::service::{ContainerId, RuntimeError, RuntimeService, SandboxId};
@@ -176,9 +177,11 @@ async fn run_sandbox<R: RuntimeService, E: PodEnvironment>(
 ) -> Result<(), StepError> {
     const REASON: &str = "FailedCreatePodSandBox";
     let config = deps.environment.prepare_sandbox(pod, attempt).await?;
+    metrics().started_pods.inc();
     match deps.runtime.run_sandbox(config).await {
         Ok(_) => Ok(()),
         Err(error) => {
+            metrics().started_pods_errors.inc();
             let message = format!("Failed to create pod sandbox: {error}");
             Err(StepError::new(REASON, message))
         }

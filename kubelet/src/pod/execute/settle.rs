@@ -36,6 +36,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
                 finish(steps.sandbox_removals.entry(id).or_default(), Step::Done);
             }
             Ended::Image { container, image } => {
+                self.measure.pull_ends();
                 finish(
                     steps.images.entry(container.clone()).or_default(),
                     Step::Done,

@@ -6,7 +6,7 @@
 
 pub mod follow;
 pub mod parse;
-mod serve;
+pub(super) mod serve;
 
 use parse::Formatter;
 use std::path::PathBuf;

@@ -132,12 +132,12 @@ async fn ended<R: RuntimeService>(
 }
 
 /// Gives a body that is only polled from one task the `Sync` that a boxed body must have.
-struct SyncBody<B> {
+pub(in crate::server) struct SyncBody<B> {
     inner: std::sync::Mutex<std::pin::Pin<Box<B>>>,
 }
 
 impl<B> SyncBody<B> {
-    fn new(body: B) -> Self {
+    pub(in crate::server) fn new(body: B) -> Self {
         Self {
             inner: std::sync::Mutex::new(Box::pin(body)),
         }
