@@ -59,6 +59,14 @@ impl Step {
         }
     }
 
+    /// Says something that shall stay on the screen, at once.
+    pub fn say(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(format!("  {text}")),
+            None => eprintln!("  {text}"),
+        }
+    }
+
     /// Ends it with success.
     pub fn done(self, result: &str) {
         let separator = if result.is_empty() { "" } else { ": " };

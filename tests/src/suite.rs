@@ -3,7 +3,7 @@
 
 use crate::cluster::{self, NodeKind, UpOptions};
 use crate::command::describe;
-use crate::{artefacts, audit, command, packages, paths};
+use crate::{artefacts, audit, command, conformance, packages, paths};
 use anyhow::{Context, Result};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -44,6 +44,8 @@ pub struct TestOptions {
     pub may_install: bool,
     /// Run what needs a cluster.
     pub cluster: bool,
+    /// Run the part of the upstream suite that certification asks of a node.
+    pub conformance: bool,
     /// Run what needs cgroup v2 and all capabilities in a virtual machine, and nothing else.
     pub vm: bool,
     /// Keep the lab up afterwards, to look at a failure.
@@ -78,6 +80,9 @@ pub fn run(options: &TestOptions) -> Result<Tally> {
     }
     if options.cluster {
         tally.add(scenarios(options)?);
+        if options.conformance && options.filter.is_none() {
+            tally.add(upstream(options)?);
+        }
     }
     if !options.keep {
         tally.add(clean_up()?);
@@ -110,6 +115,55 @@ fn scenarios(options: &TestOptions) -> Result<Tally> {
         &["--package", "testkit", "--test", "e2e"],
         options,
     )
+}
+
+/// Suite of the upstream stage: the largest that fits into a CI run.
+const UPSTREAM_SUITE: &str = "node-core";
+
+/// As many as keep two cores busy; most specs wait most of the time.
+const UPSTREAM_PROCS: u32 = 8;
+
+/// The unmodified upstream suite on the lab the scenarios ran in.
+fn upstream(options: &TestOptions) -> Result<Tally> {
+    let title = "upstream conformance of a node";
+    eprintln!("\n== {title}");
+    let started = Instant::now();
+    let suite = conformance::suite(UPSTREAM_SUITE)?;
+    let result = conformance::run(&conformance::ConformanceOptions {
+        lab: TEST_LAB.to_owned(),
+        kind: NodeKind::Ferrule,
+        focus: suite.focus.to_owned(),
+        skip: suite.skip.to_owned(),
+        procs: UPSTREAM_PROCS,
+        may_install: options.may_install,
+        keep: true,
+        reports: conformance::default_reports(),
+    });
+    let tally = match result {
+        Ok(report) => {
+            print!("{}", conformance::table(&report));
+            let total = report.total();
+            let failed = match total.failed {
+                0 => u32::from(!report.is_green()),
+                failed => failed,
+            };
+            Tally {
+                passed: total.passed,
+                failed,
+            }
+        }
+        Err(error) => {
+            eprintln!("✗ {title}: {error:#}");
+            Tally::one(false)
+        }
+    };
+    eprintln!(
+        "== {title}: {} passed, {} failed ({:.0} s)",
+        tally.passed,
+        tally.failed,
+        started.elapsed().as_secs_f32()
+    );
+    Ok(tally)
 }
 
 /// Leaves the machine as it was, and counts as a test whether that worked.

@@ -1,6 +1,7 @@
 //! The commands, their arguments and their help.
 
-use crate::develop::{Bench, Chaos, Conformance, Test};
+use crate::conformance::Conformance;
+use crate::develop::{Bench, Chaos, Test};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::os::unix::process::CommandExt;
@@ -189,11 +190,12 @@ impl Enter {
     }
 }
 
+/// Form of a command's answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
-    /// One line per finding
+pub(crate) enum Output {
+    /// For people
     Text,
-    /// One array
+    /// For programs
     Json,
 }
 

@@ -1,6 +1,6 @@
 //! Commands that test and measure.
 
-use crate::cli::{Kind, LabName};
+use crate::cli::LabName;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 use testkit::chaos::{self, ChaosOptions};
 use testkit::scenario::Scenario;
-use testkit::{bench, check as checks, conformance, suite};
+use testkit::{bench, check as checks, suite};
 
 /// Exit code 1 when a check fails.
 pub(crate) fn check() -> Result<ExitCode> {
@@ -34,6 +34,9 @@ pub(crate) struct Test {
     /// Only scenarios whose name contains this
     #[arg(long, value_name = "TEXT", conflicts_with = "no_cluster")]
     scenario: Option<String>,
+    /// Leave the upstream suite out, which takes the longest
+    #[arg(long)]
+    no_conformance: bool,
     /// Leave the lab `test` up, to look at a failure
     #[arg(long)]
     keep: bool,
@@ -47,6 +50,7 @@ impl Test {
         let tally = suite::run(&suite::TestOptions {
             may_install: !self.no_install,
             cluster: !self.no_cluster,
+            conformance: !self.no_conformance,
             vm: self.vm,
             keep: self.keep,
             filter: self.scenario,
@@ -72,8 +76,9 @@ enum What {
     Pods(Pods),
 }
 
+/// What our node is compared with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Against {
+pub(crate) enum Against {
     /// kubelet, containerd, runc and the CNI plugins, unmodified
     Stock,
 }
@@ -119,52 +124,6 @@ impl Bench {
         } else {
             print!("{}", bench::render(&results));
         }
-        Ok(ExitCode::SUCCESS)
-    }
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Conformance {
-    #[command(flatten)]
-    lab: LabName,
-    /// A group of specs: first-node, node-conformance or conformance
-    #[arg(long, default_value = "first-node", conflicts_with = "focus")]
-    suite: String,
-    /// Regular expression of the specs to run
-    #[arg(long, value_name = "REGEX")]
-    focus: Option<String>,
-    /// Regular expression of the specs to leave out [default: slow, serial, disruptive ones]
-    #[arg(long, value_name = "REGEX")]
-    skip: Option<String>,
-    /// Specs that run at once
-    #[arg(long, default_value_t = 6)]
-    procs: u32,
-    /// What the nodes of a lab that is not yet up run
-    #[arg(long, value_enum, default_value = "ferrule")]
-    kind: Kind,
-    /// Print the specs that would run
-    #[arg(long)]
-    dry_run: bool,
-    /// Fail instead of installing Debian packages that are missing
-    #[arg(long)]
-    no_install: bool,
-}
-
-impl Conformance {
-    pub(crate) fn run(self) -> Result<ExitCode> {
-        let focus = match self.focus {
-            Some(focus) => focus,
-            None => conformance::suite_focus(&self.suite)?.to_owned(),
-        };
-        conformance::run(&conformance::ConformanceOptions {
-            lab: self.lab.lab,
-            kind: self.kind.into(),
-            focus,
-            skip: self.skip,
-            procs: self.procs,
-            may_install: !self.no_install,
-            dry_run: self.dry_run,
-        })?;
         Ok(ExitCode::SUCCESS)
     }
 }

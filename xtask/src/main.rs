@@ -2,6 +2,7 @@
 //! arguments and prints; what the commands do is in `testkit`.
 
 mod cli;
+mod conformance;
 mod develop;
 
 use anyhow::Result;

@@ -1,9 +1,11 @@
 //! Our own programs, built by cargo into the workspace's target directory.
 
+use crate::progress::Step;
 use crate::{command, paths};
 use anyhow::{Context, Result};
+use std::io::{BufRead as _, BufReader};
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// Cargo profile of the agent in labs and tests: the one its unit tests are compiled with, so
 /// that nothing is compiled twice.
@@ -30,10 +32,13 @@ pub struct Programs {
 /// Builds the agent with `profile` and the small programs, and says where they are.
 ///
 /// # Errors
-/// When cargo fails; its own messages are on the terminal.
+/// When cargo fails; the error carries its messages.
 pub fn build(profile: &str) -> Result<Programs> {
     if std::env::var_os(NO_BUILD).is_none() {
-        compile(profile)?;
+        let title = format!("build kubelet ({profile}), pod-shim, cni-bridge");
+        let mut step = Step::begin(title);
+        compile(profile, &mut step)?;
+        step.done("");
     }
     let programs = Programs {
         kubelet: paths::target().join(directory(profile)).join("kubelet"),
@@ -58,12 +63,11 @@ fn directory(profile: &str) -> &str {
 /// change.
 const NO_BUILD: &str = "FERRULE_NO_BUILD";
 
-fn compile(profile: &str) -> Result<()> {
+fn compile(profile: &str, step: &mut Step) -> Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let workspace = paths::workspace();
-    let agent = &[
+    let agent = [
         "build",
-        "--quiet",
         // The features of the whole workspace: what the tests compiled is used again.
         "--workspace",
         "--bin",
@@ -71,11 +75,10 @@ fn compile(profile: &str) -> Result<()> {
         "--profile",
         profile,
     ];
-    command::interactive(command::command(&cargo, agent).current_dir(&workspace))
-        .context("build kubelet")?;
+    let mut command = command::command(&cargo, &agent);
+    cargo_build(command.current_dir(&workspace), step).context("build kubelet")?;
     let small = [
         "build",
-        "--quiet",
         "--package",
         "pod-shim",
         "--package",
@@ -89,6 +92,34 @@ fn compile(profile: &str) -> Result<()> {
     command
         .current_dir(&workspace)
         .env("RUSTFLAGS", STATIC_FLAGS);
-    command::interactive(&mut command).context("build pod-shim and cni-bridge")?;
+    cargo_build(&mut command, step).context("build pod-shim and cni-bridge")
+}
+
+/// Runs cargo, shows what it is at, and prints what it said when it fails. That it waits for
+/// another build is said at once: this can take minutes, and looks like nothing at all.
+fn cargo_build(command: &mut Command, step: &mut Step) -> Result<()> {
+    let line = command::describe(command);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("run `{line}`"))?;
+    let stderr = child
+        .stderr
+        .take()
+        .context("standard error was not piped")?;
+    let mut said = String::new();
+    for text in BufReader::new(stderr).lines() {
+        let text = text.with_context(|| format!("read the output of `{line}`"))?;
+        if text.trim_start().starts_with("Blocking ") {
+            step.say(text.trim());
+        }
+        step.detail(text.trim());
+        said.push_str(&text);
+        said.push('\n');
+    }
+    let status = child.wait().with_context(|| format!("wait for `{line}`"))?;
+    anyhow::ensure!(status.success(), "`{line}` failed ({status}):\n{said}");
     Ok(())
 }

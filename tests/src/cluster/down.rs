@@ -44,8 +44,7 @@ pub fn down(name: &str) -> Result<()> {
         bail!("lab {name} is not wholly down: {}", failures.join("; "));
     }
     remove_directory(&layout.dir)?;
-    fs::remove_file(LabLock::path(name)).context("remove the lab's lock file")?;
-    drop(lock);
+    lock.remove(name)?;
     remove_shared();
     step.done("nothing is left");
     Ok(())
@@ -79,7 +78,7 @@ fn remove_processes(name: &str, state: Option<&LabState>) -> Result<()> {
 }
 
 /// Never through a mount: what lies behind one may be anybody's.
-fn remove_directory(dir: &Path) -> Result<()> {
+pub(super) fn remove_directory(dir: &Path) -> Result<()> {
     let mounts = mounts_below(dir)?;
     if let Some(mount) = mounts.first() {
         bail!("{mount} is still a mount point; {} stays", dir.display());

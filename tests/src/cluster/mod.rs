@@ -24,6 +24,7 @@ pub mod pki;
 pub mod sample;
 pub mod state;
 pub mod stock;
+mod surplus;
 
 pub use down::down;
 pub use state::NodeKind;
@@ -38,7 +39,7 @@ use layout::{Layout, MAX_NODES};
 use network::Site;
 use state::{LabState, ProcessRecord};
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The lab that commands mean when none is named.
@@ -55,7 +56,7 @@ const READY_LIMIT: Duration = Duration::from_secs(120);
 pub struct UpOptions {
     /// The lab's name.
     pub lab: String,
-    /// Number of nodes; `None` keeps what is there, or makes one.
+    /// Number of nodes; those above it are removed. `None` keeps what is there, or makes one.
     pub nodes: Option<usize>,
     /// What new nodes run.
     pub kind: NodeKind,
@@ -105,11 +106,29 @@ impl LabLock {
         let labs = paths::labs();
         fs::create_dir_all(&labs)
             .with_context(|| format!("create {} (labs need root)", labs.display()))?;
+        Self::take_file(&Self::path(lab))
+    }
+
+    fn take_file(path: &Path) -> Result<Self> {
+        loop {
+            let file = File::create(path).with_context(|| format!("create {}", path.display()))?;
+            file.lock()
+                .with_context(|| format!("lock {}", path.display()))?;
+            // `down` removes the file while it holds it: whoever waited for that one holds
+            // nothing, and has to queue at the file that is there now.
+            if is_at(&file, path) {
+                return Ok(Self { _file: file });
+            }
+        }
+    }
+
+    /// Removes the lock's file, which only its holder may; those who wait for it notice.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn remove(self, lab: &str) -> Result<()> {
         let path = Self::path(lab);
-        let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
-        file.lock()
-            .with_context(|| format!("lock {}", path.display()))?;
-        Ok(Self { _file: file })
+        fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
     }
 
     /// Whether somebody is changing the lab right now.
@@ -124,6 +143,15 @@ impl LabLock {
     pub fn path(lab: &str) -> PathBuf {
         paths::labs().join(format!(".{lab}.lock"))
     }
+}
+
+/// Whether `path` still names this open file.
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let (Ok(held), Ok(named)) = (file.metadata(), fs::metadata(path)) else {
+        return false;
+    };
+    (held.dev(), held.ino()) == (named.dev(), named.ino())
 }
 
 impl Lab {
@@ -279,6 +307,9 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
         build_programs(&mut lab, options, nodes)?;
     }
     network::ensure_bridge(&lab.layout)?;
+    if options.nodes.is_some() {
+        surplus::remove(&mut lab, nodes)?;
+    }
     let authorities = pki::ensure_control_plane(&lab.layout)?;
     controlplane::ensure(&mut lab)?;
     if nodes == 0 {
@@ -337,10 +368,7 @@ fn build_programs(lab: &mut Lab, options: &UpOptions, nodes: usize) -> Result<()
         lab.peers = Some(artefacts::go::stock_peers()?);
     }
     if kinds.contains(&NodeKind::Ferrule) {
-        let title = format!("build kubelet ({}), pod-shim, cni-bridge", options.profile);
-        let step = Step::begin(title);
         lab.ours = Some(ours::build(&options.profile)?);
-        step.done("");
     }
     Ok(())
 }
@@ -397,4 +425,22 @@ fn wait_node_ready(lab: &Lab, name: &str) -> Result<()> {
         },
     )?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waited_for_a_lock_that_was_removed_takes_the_new_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let first = LabLock::take_file(&path).unwrap();
+        let waiting = path.clone();
+        let waiter = std::thread::spawn(move || LabLock::take_file(&waiting).unwrap());
+        fs::remove_file(&path).unwrap();
+        drop(first);
+        let second = waiter.join().unwrap();
+        assert!(is_at(&second._file, &path));
+    }
 }

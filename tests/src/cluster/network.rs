@@ -141,6 +141,30 @@ pub fn ensure_routes(layout: &Layout, sites: &[Site]) -> Result<()> {
     Ok(())
 }
 
+/// Removes a node's link and the routes that lead to its pods, ours and those of the nodes held
+/// by `others`; "already gone" is success.
+///
+/// # Errors
+/// When the link is another lab's or the kernel refuses.
+pub fn remove_node(layout: &Layout, number: usize, others: &[i32]) -> Result<()> {
+    let address = layout.node_address(number).to_string();
+    let flush = ["route", "flush", "via", &address];
+    ip(&flush)?;
+    for holder in others {
+        ip_in(*holder, &flush)?;
+    }
+    let link = layout.veth(number);
+    match owner_of(&link) {
+        Some(lab) if lab == layout.name => {}
+        Some(lab) => bail!("link {link} belongs to lab {lab}"),
+        None => return Ok(()),
+    }
+    match ip(&["link", "delete", "dev", &link]) {
+        Err(error) if exists(&link) => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Removes every link of the lab; "already gone" is success.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! What each test image is made of.
 
 use super::layer::Layer;
-use super::layout::{Blob, Image, Run, Store, image};
+use super::layout::{Blob, Image, Run, Store, digest, image};
 use super::{debian, programs};
 use crate::artefacts::cache::Inputs;
 use crate::command;
@@ -237,6 +237,42 @@ fn agnhost_layer(store: &Store) -> Result<Blob> {
     })
 }
 
+/// What agnhost's own registry serves, as its `fake-registry-server` looks for it: the pause image
+/// under the tag `testing`. Tests pull it with and without a secret.
+fn served_layer(cache: &Path, store: &Store) -> Result<Blob> {
+    let pause = pause(cache, store)?;
+    let manifest = digest(&pause.manifest);
+    let mut inputs = Inputs::default();
+    inputs.word("served 1").word(&manifest);
+    store.layer("served", inputs, |layer| {
+        let mut put = |kind: &str, digest: &str, content: Vec<u8>| {
+            let (algorithm, hash) = digest.split_once(':').unwrap_or_default();
+            let (start, _) = hash.split_at_checked(2).unwrap_or_default();
+            let mut dir = format!("var/registry/pause/{kind}");
+            for part in ["", algorithm, start, hash] {
+                if !part.is_empty() {
+                    dir = format!("{dir}/{part}");
+                }
+                layer.dir(&dir, 0o755);
+            }
+            layer.file(&format!("{dir}/data"), 0o644, content);
+        };
+        put("blobs", &digest(&pause.config), pause.config.clone());
+        for blob in &pause.layers {
+            put("blobs", &blob.digest, fs::read(&blob.path)?);
+        }
+        put("manifests", &manifest, pause.manifest.clone());
+        layer.dir("var", 0o755).dir("var/registry", 0o755);
+        layer.dir("var/registry/pause", 0o755);
+        layer.file(
+            "var/registry/pause/manifests/testing",
+            0o644,
+            manifest.clone(),
+        );
+        Ok(())
+    })
+}
+
 const AGNHOST_PORTS: &[&str] = &["80/tcp", "8080/tcp", "8081/tcp", "9376/tcp", "5000/tcp"];
 
 fn agnhost(cache: &Path, store: &Store, version: &str) -> Result<Image> {
@@ -248,10 +284,12 @@ fn agnhost(cache: &Path, store: &Store, version: &str) -> Result<Image> {
         version: &label,
         ..Run::default()
     };
-    Ok(image(
-        vec![tools_layer(cache, store)?, agnhost_layer(store)?],
-        &run,
-    ))
+    let layers = vec![
+        tools_layer(cache, store)?,
+        agnhost_layer(store)?,
+        served_layer(cache, store)?,
+    ];
+    Ok(image(layers, &run))
 }
 
 /// Tests want nginx to run and, some, to answer on port 80; agnhost does both.

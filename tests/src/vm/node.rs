@@ -53,12 +53,7 @@ pub fn run(image: &Image, may_install: bool, programs: Option<Programs>) -> Resu
 fn joined(image: &Image, may_install: bool, programs: Option<Programs>) -> Result<Tally> {
     let programs = match programs {
         Some(programs) => programs,
-        None => {
-            let step = Step::begin("build kubelet, pod-shim, cni-bridge");
-            let programs = ours::build(ours::TEST_PROFILE)?;
-            step.done("");
-            programs
-        }
+        None => ours::build(ours::TEST_PROFILE)?,
     };
     let lab = cluster::up(&UpOptions {
         lab: LAB.to_owned(),
