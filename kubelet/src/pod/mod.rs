@@ -12,6 +12,8 @@ pub(crate) mod fixture;
 mod hooks;
 pub mod index;
 pub mod launcher;
+#[cfg(test)]
+mod life;
 pub mod manager;
 mod measure;
 pub mod mirror;

@@ -3,7 +3,7 @@
 use super::clock::nanoseconds;
 use super::environment::PodEnvironment;
 use super::spec::{self, ContainerKind};
-use super::state::CrashBackoff;
+use super::state::{CrashBackoff, Step};
 use super::termination;
 use super::worker::Worker;
 use crate::launch::ANNOTATION_BACKOFF;
@@ -38,7 +38,12 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             match &instance.state {
                 ContainerState::Created => {}
                 ContainerState::Running { started_at_ns, .. } => {
-                    if has_probes(&container.spec) && container.kind != ContainerKind::Init {
+                    // Nobody is judged before its postStart hook is through.
+                    let starting = self.steps.starts.get(&instance.config.name);
+                    let probed = has_probes(&container.spec)
+                        && container.kind != ContainerKind::Init
+                        && !starting.is_some_and(Step::is_running);
+                    if probed {
                         let adopted = if adopting {
                             self.adopt(&container.spec, instance)
                         } else {
