@@ -10,4 +10,5 @@ mod logs_and_exec_reach_containers;
 mod nodes_register_and_report;
 mod pods_start_restart_and_end;
 mod probes_decide_readiness_and_restarts;
+mod streams_carry_every_byte;
 mod volumes_hold_and_follow_their_sources;

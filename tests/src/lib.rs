@@ -19,5 +19,6 @@ pub mod process;
 pub mod progress;
 pub mod scenario;
 pub mod suite;
+pub mod terminal;
 pub mod tidy;
 pub mod vm;

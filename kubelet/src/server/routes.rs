@@ -123,11 +123,10 @@ fn bearer_token(header: &str) -> Option<&str> {
     (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
 }
 
-/// One container of one pod, as a path names it.
+/// One container of one pod.
 pub(super) struct Place {
     pub(super) entry: Arc<PodEntry>,
     pub(super) refs: ContainerRefs,
-    pub(super) container: String,
 }
 
 impl<R: RuntimeService + ImageService> Server<R> {
@@ -210,10 +209,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
         let debugging = self.config.server.debugging_handlers;
         match parts.as_slice() {
             ["containerLogs", namespace, pod, container] if debugging => {
-                match self.find(namespace, pod, container) {
-                    Ok(place) => self.container_logs(&request, &place),
-                    Err(response) => *response,
-                }
+                self.container_logs(&request, namespace, pod, container)
             }
             ["exec" | "attach" | "portForward" | "run", ..] if debugging => {
                 self.streams(request, &parts).await
@@ -221,7 +217,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
             [
                 "exec" | "attach" | "portForward" | "run" | "containerLogs",
                 ..,
-            ] => text(
+            ] if !debugging => text(
                 StatusCode::METHOD_NOT_ALLOWED,
                 "Debug endpoints are disabled.\n",
             ),
@@ -229,7 +225,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
         }
     }
 
-    fn find(
+    pub(super) fn find(
         &self,
         namespace: &str,
         pod: &str,
@@ -245,11 +241,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
             )));
         }
         let refs = entry.containers.get(container).cloned().unwrap_or_default();
-        Ok(Place {
-            entry,
-            refs,
-            container: container.to_owned(),
-        })
+        Ok(Place { entry, refs })
     }
 }
 

@@ -31,6 +31,7 @@ pub(super) const TOOLS: &[&str] = &[
     "bind9-dnsutils",
     "bind9-host",
     "netcat-openbsd",
+    "net-tools",
     "iproute2",
     "iputils-ping",
     // Their libraries.

@@ -31,38 +31,49 @@ pub struct LogOptions {
 }
 
 impl LogOptions {
-    /// From the query of a request; `now` is what `sinceSeconds` counts from.
+    /// From the query of a request; `now` is what `sinceSeconds` counts from. Values are read as
+    /// the API's own conversion reads them (any word but `false` and `0` is true).
     ///
     /// # Errors
-    /// A sentence that names the parameter and what would be right.
-    pub fn from_query(query: &[(String, String)], now: jiff::Timestamp) -> Result<Self, String> {
+    /// [`BadOptions`].
+    pub fn from_query(
+        query: &[(String, String)],
+        now: jiff::Timestamp,
+    ) -> Result<Self, BadOptions> {
         let mut options = Self::default();
+        let (mut by_seconds, mut by_time) = (false, false);
         for (name, value) in query {
             match name.as_str() {
-                "follow" => options.follow = flag(name, value)?,
-                "previous" => options.previous = flag(name, value)?,
-                "timestamps" => options.timestamps = flag(name, value)?,
-                "tailLines" => options.tail_lines = Some(number(name, value, 0)?),
-                "limitBytes" => options.limit_bytes = Some(number(name, value, 1)?),
+                "follow" => options.follow = flag(value),
+                "previous" => options.previous = flag(value),
+                "timestamps" => options.timestamps = flag(value),
+                "tail" if value == "all" => options.tail_lines = None,
+                "tailLines" | "tail" => options.tail_lines = Some(number(value, 0)?),
+                "limitBytes" => options.limit_bytes = Some(number(value, 1)?),
                 "sinceSeconds" => {
-                    let seconds = number(name, value, 1)?;
+                    let seconds = number(value, 1)?;
                     let span = jiff::SignedDuration::from_secs(seconds.min(1 << 40) as i64);
                     options.since = now.checked_sub(span).ok();
+                    by_seconds = true;
                 }
+                "sinceTime" if value.is_empty() => {}
                 "sinceTime" => {
-                    let time = value
-                        .parse()
-                        .map_err(|e| format!("{name}: {value:?}: {e}"))?;
+                    let time = value.parse().map_err(|_| BadOptions::Undecodable)?;
                     options.since = Some(time);
+                    by_time = true;
                 }
                 "stream" => match value.as_str() {
                     "" | "All" => {}
                     "Stdout" => options.stream = Some("stdout".to_owned()),
                     "Stderr" => options.stream = Some("stderr".to_owned()),
-                    other => return Err(format!("stream: {other:?} is not All, Stdout or Stderr")),
+                    _ => return Err(BadOptions::Invalid),
                 },
                 _ => {}
             }
+        }
+        let split_tail = options.stream.is_some() && options.tail_lines.is_some();
+        if (by_seconds && by_time) || split_tail {
+            return Err(BadOptions::Invalid);
         }
         Ok(options)
     }
@@ -72,21 +83,27 @@ impl LogOptions {
     }
 }
 
-fn flag(name: &str, value: &str) -> Result<bool, String> {
-    match value {
-        "" | "true" | "True" | "TRUE" | "t" | "T" | "1" => Ok(true),
-        "false" | "False" | "FALSE" | "f" | "F" | "0" => Ok(false),
-        other => Err(format!("{name}: {other:?} is neither true nor false")),
-    }
+/// Options that cannot be followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BadOptions {
+    /// A value is not of its kind (400).
+    #[error("{{\"message\": \"Unable to decode query.\"}}")]
+    Undecodable,
+    /// A value is out of bounds, or two exclude each other (422).
+    #[error("{{\"message\": \"Invalid request.\"}}")]
+    Invalid,
 }
 
-fn number(name: &str, value: &str, least: i64) -> Result<u64, String> {
-    let wrong = || format!("{name}: {value:?} must be a whole number of at least {least}");
-    let number: i64 = value.parse().map_err(|_| wrong())?;
+fn flag(value: &str) -> bool {
+    !(value.eq_ignore_ascii_case("false") || value == "0")
+}
+
+fn number(value: &str, least: i64) -> Result<u64, BadOptions> {
+    let number: i64 = value.parse().map_err(|_| BadOptions::Undecodable)?;
     if number < least {
-        return Err(wrong());
+        return Err(BadOptions::Invalid);
     }
-    u64::try_from(number).map_err(|_| wrong())
+    u64::try_from(number).map_err(|_| BadOptions::Invalid)
 }
 
 /// A log to read.
@@ -102,7 +119,7 @@ pub struct LogFile {
 mod tests {
     use super::*;
 
-    fn options(query: &[(&str, &str)]) -> Result<LogOptions, String> {
+    fn options(query: &[(&str, &str)]) -> Result<LogOptions, BadOptions> {
         let query: Vec<_> = query
             .iter()
             .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
@@ -128,17 +145,24 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_option_is_named() {
-        for (name, value) in [
-            ("tailLines", "-1"),
-            ("limitBytes", "0"),
-            ("sinceSeconds", "x"),
-            ("sinceTime", "yesterday"),
-            ("follow", "perhaps"),
-            ("stream", "both"),
+    fn wrong_options_are_told_from_undecodable_ones() {
+        use BadOptions::{Invalid, Undecodable};
+        for (query, wanted) in [
+            (&[("tailLines", "-1")][..], Invalid),
+            (&[("tailLines", "many")], Undecodable),
+            (&[("limitBytes", "0")], Invalid),
+            (&[("sinceSeconds", "x")], Undecodable),
+            (&[("sinceSeconds", "0")], Invalid),
+            (&[("sinceTime", "yesterday")], Undecodable),
+            (
+                &[("sinceTime", "2026-01-01T00:00:00Z"), ("sinceSeconds", "1")],
+                Invalid,
+            ),
+            (&[("stream", "both")], Invalid),
+            (&[("stream", "Stderr"), ("tailLines", "1")], Invalid),
         ] {
-            let error = options(&[(name, value)]).unwrap_err();
-            assert!(error.contains(name), "{error}");
+            assert_eq!(options(query), Err(wanted), "{query:?}");
         }
+        assert_eq!(options(&[("tail", "all")]), Ok(LogOptions::default()));
     }
 }

@@ -1,9 +1,9 @@
 //! Answers `/containerLogs`.
 
-use super::{LogFile, LogOptions, follow};
+use super::{BadOptions, LogFile, LogOptions, follow};
 use crate::pod::index::PodEntry;
 use crate::server::Server;
-use crate::server::routes::{Body, Place, query, text};
+use crate::server::routes::{Body, query, text};
 use futures::StreamExt;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
@@ -20,15 +20,27 @@ use tokio_stream::wrappers::ReceiverStream;
 const LOG_QUEUE: usize = 16;
 
 impl<R: RuntimeService + ImageService> Server<R> {
+    /// Options are looked at before the pod, as the stock kubelet does.
     pub(in crate::server) fn container_logs(
         &self,
         request: &Request<Incoming>,
-        place: &Place,
+        namespace: &str,
+        pod: &str,
+        container: &str,
     ) -> Response<Body> {
         let options = LogOptions::from_query(&query(request.uri()), jiff::Timestamp::now());
         let options = match options {
             Ok(options) => options,
-            Err(message) => return text(StatusCode::UNPROCESSABLE_ENTITY, message),
+            Err(bad @ BadOptions::Undecodable) => {
+                return text(StatusCode::BAD_REQUEST, bad.to_string());
+            }
+            Err(bad @ BadOptions::Invalid) => {
+                return text(StatusCode::UNPROCESSABLE_ENTITY, bad.to_string());
+            }
+        };
+        let place = match self.find(namespace, pod, container) {
+            Ok(place) => place,
+            Err(missing) => return *missing,
         };
         let id = if options.previous {
             &place.refs.previous
@@ -36,28 +48,22 @@ impl<R: RuntimeService + ImageService> Server<R> {
             &place.refs.current
         };
         let status = id.as_ref().and_then(|id| self.runtime.container_status(id));
-        let Some(status) = status else {
-            let pod = place.entry.pod.metadata.name.as_deref().unwrap_or_default();
+        let has_log = |status: &ContainerStatus| match status.state {
+            ContainerState::Created => false,
+            ContainerState::Running { .. } | ContainerState::Exited { .. } => true,
+        };
+        let Some(status) = status.filter(has_log) else {
             let message = if options.previous {
-                format!(
-                    "previous terminated container {:?} in pod {pod:?} not found",
-                    place.container
-                )
+                format!("previous terminated container {container:?} in pod {pod:?} not found")
             } else {
-                let why = waiting_reason(&place.entry, &place.container);
-                format!(
-                    "container {:?} in pod {pod:?} is waiting to start: {why}",
-                    place.container
-                )
+                no_log_yet(&place.entry, container, pod)
             };
             return text(StatusCode::BAD_REQUEST, message);
         };
         if let Err(e) = std::fs::File::open(&status.log_path) {
-            let message = format!(
-                "failed to open log file of container {:?}: {e}",
-                place.container
-            );
-            return text(StatusCode::INTERNAL_SERVER_ERROR, message);
+            let path = status.log_path.display();
+            let message = format!("failed to open log file {path:?}: {e}");
+            return text(StatusCode::BAD_REQUEST, message);
         }
         self.stream_log(status, options)
     }
@@ -85,17 +91,30 @@ impl<R: RuntimeService + ImageService> Server<R> {
     }
 }
 
-/// Why a container waits, from the node's own status.
-fn waiting_reason(entry: &PodEntry, name: &str) -> String {
+/// Why there is no log, from the node's own status.
+fn no_log_yet(entry: &PodEntry, container: &str, pod: &str) -> String {
     let status = &entry.status;
-    let all = status
+    let mut all = status
         .container_statuses
         .iter()
         .chain(&status.init_container_statuses)
+        .chain(&status.ephemeral_container_statuses)
         .flatten();
-    all.filter(|c| c.name == name)
-        .find_map(|c| c.state.as_ref()?.waiting.as_ref()?.reason.clone())
-        .unwrap_or_else(|| "ContainerCreating".to_owned())
+    let Some(found) = all.find(|c| c.name == container) else {
+        return format!("container {container:?} in pod {pod:?} is not available");
+    };
+    let state = found.state.as_ref();
+    if state.is_some_and(|s| s.terminated.is_some()) {
+        return format!("container {container:?} in pod {pod:?} is terminated");
+    }
+    let reason = state.and_then(|s| s.waiting.as_ref()?.reason.as_deref());
+    let why = match reason {
+        Some("ErrImagePull") => ": image can't be pulled",
+        Some("ImagePullBackOff") => ": trying and failing to pull image",
+        Some(reason) => &format!(": {reason}"),
+        None => " - no logs yet",
+    };
+    format!("container {container:?} in pod {pod:?} is waiting to start{why}")
 }
 
 /// Resolves when the container no longer runs.

@@ -31,7 +31,11 @@ pub enum Kind {
     /// Those of a process of its own: it is killed when the client leaves, its exit code told.
     Exec,
     /// Those of the container: it goes on when the client leaves, and its end is a success here.
-    Attach,
+    Attach {
+        /// The container's input stays open for others, so that the end of the client's is the
+        /// end of the session (`kubectl run --leave-stdin-open` returns by it).
+        until_input_ends: bool,
+    },
 }
 
 /// Serves one session to its end: output to the client, input to the process, the result last.
@@ -56,7 +60,7 @@ pub async fn run<R, I, O>(
                 (Kind::Exec, Ended::Left | Ended::Idle(_)) => {
                     let _ = runtime.kill_exec(&id).await;
                 }
-                (Kind::Exec, Ended::Result(_)) | (Kind::Attach, _) => {}
+                (Kind::Exec, Ended::Result(_)) | (Kind::Attach { .. }, _) => {}
             }
             result.told(kind)
         }
@@ -86,7 +90,7 @@ impl Ended {
         match (self, kind) {
             (Self::Result(result), Kind::Exec) => Some(result),
             // The container's exit code is in its status; kubectl takes a failure for ours.
-            (Self::Result(result), Kind::Attach) => Some(result.map(|_| 0)),
+            (Self::Result(result), Kind::Attach { .. }) => Some(result.map(|_| 0)),
             (Self::Left, _) => None,
             (Self::Idle(limit), _) => Some(Err(format!("no traffic for {} s", limit.as_secs()))),
         }
@@ -137,12 +141,18 @@ async fn serve<R: RuntimeService, I: Incoming, O: Outgoing>(
         )
     };
     tokio::pin!(listening, feeding, copying);
-    let (mut copied, mut code) = (false, None);
+    let (mut copied, mut fed, mut code) = (false, false, None);
     loop {
         // Every arm is polled by reference and goes on where it was.
         tokio::select! {
             biased;
-            () = &mut feeding => {}
+            () = &mut feeding, if !fed => {
+                fed = true;
+                let until_input_ends = Kind::Attach { until_input_ends: true };
+                if kind == until_input_ends {
+                    return Ended::Result(Ok(0));
+                }
+            }
             done = &mut copying, if !copied => match done {
                 Ok(_) => copied = true,
                 Err(_gone) => return Ended::Left,
@@ -157,7 +167,7 @@ async fn serve<R: RuntimeService, I: Incoming, O: Outgoing>(
         if copied && let Some(code) = code.take() {
             return Ended::Result(code);
         }
-        if copied && kind == Kind::Attach {
+        if copied && matches!(kind, Kind::Attach { .. }) {
             // The shim lets go of the outputs only at the end, or of a client that is too slow.
             let ended = tokio::time::timeout(AFTER_EXIT, &mut exit).await;
             let slow = "the client fell too far behind the container's output";
@@ -219,8 +229,7 @@ async fn listen<R: RuntimeService, I: Incoming>(
     }
 }
 
-/// Gives the process its input, and closes it after the last. Never ends: there is nothing to
-/// tell of it.
+/// Gives the process its input, and closes it after the last.
 async fn feed_stdin(mut stdin: Option<AsyncFd<OwnedFd>>, mut fed: mpsc::Receiver<Vec<u8>>) {
     while let Some(bytes) = fed.recv().await {
         if let Some(fd) = &stdin
@@ -230,8 +239,6 @@ async fn feed_stdin(mut stdin: Option<AsyncFd<OwnedFd>>, mut fed: mpsc::Receiver
             stdin = None;
         }
     }
-    drop(stdin);
-    std::future::pending().await
 }
 
 /// Copies a pipe or terminal to the client until its end, or until it is quiet after the exit.

@@ -98,7 +98,7 @@ impl Remote {
                 let opened = runtime.exec(&self.container, options.request()).await;
                 opened.map_err(|e| format!("error executing command in container: {e}"))
             }
-            Kind::Attach => {
+            Kind::Attach { .. } => {
                 let opened = runtime.attach(&self.container, options.stdin).await;
                 let mut session =
                     opened.map_err(|e| format!("error attaching to container: {e}"))?;
@@ -196,7 +196,10 @@ impl<R: RuntimeService + ImageService> Server<R> {
         }
         let answer = match *verb {
             "exec" => self.remote(request, at, Kind::Exec),
-            "attach" => self.remote(request, at, Kind::Attach),
+            "attach" => {
+                let until_input_ends = false;
+                self.remote(request, at, Kind::Attach { until_input_ends })
+            }
             "portForward" => self.forward(request, at),
             _ => self.run(&request, at).await,
         };
@@ -212,6 +215,12 @@ impl<R: RuntimeService + ImageService> Server<R> {
         let bad = |message| refusal(StatusCode::BAD_REQUEST, message);
         let options = StreamOptions::from_query(&query(request.uri())).map_err(bad)?;
         let container = self.running(at, kind)?;
+        let kind = match kind {
+            Kind::Exec => Kind::Exec,
+            Kind::Attach { .. } => Kind::Attach {
+                until_input_ends: options.stdin && self.keeps_input(&container),
+            },
+        };
         let agreed = agree_on(&request, REMOTE)?;
         let remote = Remote {
             options,
@@ -226,6 +235,12 @@ impl<R: RuntimeService + ImageService> Server<R> {
             remote.serve(runtime, transport, protocol, upgraded)
         });
         Ok(agreed.response.map(|empty| empty.boxed()))
+    }
+
+    /// Whether a container's input outlives the client that is attached to it.
+    fn keeps_input(&self, id: &ContainerId) -> bool {
+        let status = self.runtime.container_status(id);
+        status.is_some_and(|s| s.config.stdin && (s.config.tty || !s.config.stdin_once))
     }
 
     /// Runs a session on the connection once it is upgraded, until it ends or the agent stops.
@@ -266,7 +281,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
         id.ok_or_else(|| {
             let message = match kind {
                 Kind::Exec => format!("container not found ({:?})", at.container),
-                Kind::Attach => format!(
+                Kind::Attach { .. } => format!(
                     "container {} not found in pod {}_{}",
                     at.container, at.pod, at.namespace
                 ),
