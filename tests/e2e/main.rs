@@ -8,6 +8,7 @@ mod containers_get_what_their_pod_says;
 mod deployments_run_and_change;
 mod logs_and_exec_reach_containers;
 mod nodes_register_and_report;
+mod pods_end_in_order_and_can_be_debugged;
 mod pods_start_restart_and_end;
 mod probes_decide_readiness_and_restarts;
 mod streams_carry_every_byte;
