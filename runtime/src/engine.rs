@@ -310,7 +310,6 @@ fn prepare(config: &EngineConfig) -> Result<Prepared> {
     }
     let shared = config.shared_memory();
     linux::fs::create_dirs(&shared, 0o711)?;
-    crate::sandbox::store::ensure_memory_backed(&shared)?;
     let cgroups = linux::cgroup::detect(&config.cgroup_root)?;
     let images = ImageStore::open(&config.root, config.registries.clone())?;
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");

@@ -8,13 +8,20 @@
 use super::state::SandboxRecord;
 use crate::config::EngineConfig;
 use crate::error::system;
-use crate::service::{DnsConfig, Result, SandboxId};
+use crate::service::{DnsConfig, NamespaceMode, Result, SandboxId};
 use linux::fs::{Durability, ensure_dir, list_dir, read_file, remove_tree, write_atomic};
+use linux::mount::{MountAttrs, attach, filesystem, open_path};
 use std::fmt::Write as _;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 /// A record larger than this was not written by us.
 const MAX_RECORD_BYTES: usize = 8 << 20;
+
+/// What a pod may keep in `/dev/shm`, as under other runtimes.
+const SHARED_MEMORY_BYTES: u64 = 64 << 20;
+/// Its name in the mount table.
+const SHARED_MEMORY: &str = "ferrule-shm";
 
 /// The sandbox's directory.
 pub(crate) fn dir(config: &EngineConfig, id: &SandboxId) -> PathBuf {
@@ -56,7 +63,9 @@ pub(crate) fn create(config: &EngineConfig, record: &SandboxRecord) -> Result<()
     let dir = dir(config, &record.id);
     ensure_dir(&dir, 0o711)?;
     save(config, record)?;
-    ensure_dir(&shared_memory(config, &record.id), 0o1777)?;
+    if record.config.ipc != NamespaceMode::Node {
+        ensure_shared_memory(&shared_memory(config, &record.id))?;
+    }
     if let Some(dns) = &record.config.dns {
         let text = resolv_conf(dns);
         std::fs::write(dir.join("resolv.conf"), text).map_err(|e| system(&e))?;
@@ -71,10 +80,49 @@ pub(crate) fn create(config: &EngineConfig, record: &SandboxRecord) -> Result<()
 
 /// Deletes everything, the directory with the record last.
 pub(crate) fn delete(config: &EngineConfig, id: &SandboxId) -> Result<()> {
-    remove_tree(&shared_memory(config, id))?;
+    remove_shared_memory(config, id)?;
     linux::fs::remove_file(&socket(config, id))?;
     linux::netns::unpin(&pin(config, id)).map_err(|e| system(&e))?;
     Ok(remove_tree(&dir(config, id))?)
+}
+
+/// Mounts the pod's shared memory. What one pod keeps there must not be all of the node's.
+fn ensure_shared_memory(path: &Path) -> Result<()> {
+    ensure_dir(path, 0o711)?;
+    let options = [
+        "mode=1777".to_owned(),
+        format!("size={SHARED_MEMORY_BYTES}"),
+    ];
+    let attributes = MountAttrs {
+        nosuid: true,
+        nodev: true,
+        noexec: true,
+        ..MountAttrs::default()
+    };
+    let mounted = filesystem("tmpfs", SHARED_MEMORY, &options, attributes)
+        .and_then(|mount| attach(mount.as_fd(), open_path(path)?.as_fd()));
+    mounted.map_err(|e| {
+        let message = format!("mount a tmpfs at {}: {e}", path.display());
+        crate::error::error(crate::service::RuntimeErrorKind::System, message)
+    })
+}
+
+/// Gives the pod's shared memory back; nobody may use it any more. Idempotent.
+pub(crate) fn remove_shared_memory(config: &EngineConfig, id: &SandboxId) -> Result<()> {
+    use rustix::io::Errno;
+    use rustix::mount::{UnmountFlags, unmount};
+    let path = shared_memory(config, id);
+    match unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+        // Not there, or not mounted (made by an earlier version, or not made to the end).
+        Ok(()) | Err(Errno::NOENT | Errno::INVAL) => Ok(remove_tree(&path)?),
+        Err(e) => {
+            let message = format!("unmount {}: {e}", path.display());
+            Err(crate::error::error(
+                crate::service::RuntimeErrorKind::System,
+                message,
+            ))
+        }
+    }
 }
 
 /// A record found on disk.
@@ -114,21 +162,6 @@ pub(crate) fn load_all(config: &EngineConfig) -> Result<Vec<Found>> {
 /// Whether a name is an id of ours.
 pub(crate) fn is_id(name: &str) -> bool {
     name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit())
-}
-
-/// Shared memory must be memory. The run directory mostly is on a tmpfs; when not, one is
-/// mounted for all sandboxes.
-pub(crate) fn ensure_memory_backed(path: &Path) -> Result<()> {
-    const TMPFS_MAGIC: u64 = 0x0102_1994;
-    let stat = rustix::fs::statfs(path).map_err(|e| system(&e))?;
-    if u64::try_from(stat.f_type) == Ok(TMPFS_MAGIC) {
-        return Ok(());
-    }
-    let flags = rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV;
-    rustix::mount::mount("ferrule-shm", path, "tmpfs", flags, c"mode=711").map_err(|e| {
-        let message = format!("mount a tmpfs at {}: {e}", path.display());
-        crate::error::error(crate::service::RuntimeErrorKind::System, message)
-    })
 }
 
 /// The text of resolv.conf(5).

@@ -94,6 +94,7 @@ fn release(inner: &Inner, record: &SandboxRecord) -> Result<()> {
     let pin = store::pin(&inner.config, &record.id);
     linux::netns::unpin(&pin).map_err(|e| crate::error::system(&e))?;
     linux::fs::remove_file(&store::socket(&inner.config, &record.id))?;
+    store::remove_shared_memory(&inner.config, &record.id)?;
     let helper = helper_cgroup(record);
     if inner.cgroups.exists(&helper) {
         inner.cgroups.kill(&helper)?;

@@ -166,6 +166,13 @@ impl Drop for Node {
         {
             let _ = linux::netns::unpin(&pin.path());
         }
+        for shared in std::fs::read_dir(self.config.run_dir.join("shm"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let _ = rustix::mount::unmount(shared.path(), rustix::mount::UnmountFlags::DETACH);
+        }
         let _ = linux::fs::remove_tree(&self.base);
         let _ = linux::fs::remove_tree(&self.config.root);
     }
@@ -237,7 +244,8 @@ fn write_image(path: &Path) {
     );
     put("data/seed", 0o644, b"from the image");
     for applet in [
-        "sh", "sleep", "cat", "echo", "id", "ls", "touch", "hostname", "env", "mount",
+        "sh", "sleep", "cat", "echo", "id", "ls", "touch", "hostname", "env", "mount", "sed",
+        "cut", "head", "tail", "df", "true",
     ] {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(tar::EntryType::Symlink);
