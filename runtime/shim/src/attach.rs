@@ -2,11 +2,16 @@
 
 use crate::child;
 use crate::output::{Attachment, READ_BYTES, Sink};
-use crate::server::{Shim, Source, not_found};
+use crate::server::{Shim, Source, Timer, not_found};
 use linux::event::{self, Interest, Ready};
 use pod_shim::protocol::{Reply, ShimError, ShimErrorKind, Stdio};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+
+/// How long an attached client may take nothing at all while others wait for it.
+const STALL_MS: u64 = 5000;
+/// Clients that still take what ended containers wrote, over the whole pod.
+const MAX_LINGERING: usize = 64;
 
 impl Shim {
     pub(crate) fn attach(
@@ -161,6 +166,106 @@ impl Shim {
         }
     }
 
+    /// After output was copied or taken: wait for clients that have not taken all, and hold the
+    /// container as long as one of them is too far behind.
+    pub(crate) fn tend_attached(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        let running = container.is_running();
+        let output = &mut container.output;
+        if output.attachments.is_empty() && !output.held {
+            return;
+        }
+        for sink in output.sinks().flatten().filter(|s| !s.queue.is_empty()) {
+            let _ = self
+                .poller
+                .modify(sink.fd.as_fd(), sink.token, Interest::WRITE);
+        }
+        // What an ended container left in its pipes is bounded by them.
+        let hold = running && output.is_behind();
+        if hold == output.held {
+            return;
+        }
+        output.held = hold;
+        let interest = if hold { Interest::NONE } else { Interest::READ };
+        for stream in output.streams.iter().flatten() {
+            let _ = self
+                .poller
+                .modify(stream.fd.as_fd(), stream.token, interest);
+        }
+        if hold {
+            output.sinks().flatten().for_each(|sink| sink.moved = false);
+            self.after(STALL_MS, Timer::Stalled(id.to_owned()));
+        }
+    }
+
+    /// Time has passed while the container was held: cut off who took nothing.
+    pub(crate) fn check_stalled(&mut self, id: &str) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        let output = &mut container.output;
+        if !output.held {
+            return;
+        }
+        let mut cut = Vec::new();
+        for slot in output.sinks() {
+            if slot.as_ref().is_some_and(|s| s.is_behind() && !s.moved) {
+                cut.extend(slot.take());
+            }
+        }
+        output.sinks().flatten().for_each(|sink| sink.moved = false);
+        for sink in cut {
+            eprintln!("an attached client of {id} takes no output: cut off");
+            self.forget_token(sink.token);
+        }
+        self.tend_attached(id);
+        if self.containers.get(id).is_some_and(|c| c.output.held) {
+            self.after(STALL_MS, Timer::Stalled(id.to_owned()));
+        }
+    }
+
+    /// The container has ended before this client had taken all: it still gets the rest.
+    pub(crate) fn linger(&mut self, sink: Sink) {
+        let token = sink.token;
+        let waits = self
+            .poller
+            .modify(sink.fd.as_fd(), token, Interest::WRITE)
+            .is_ok();
+        if waits && self.lingering.len() < MAX_LINGERING {
+            self.replace_source(token, Source::Lingering);
+            self.lingering.insert(token, sink);
+            self.after(STALL_MS, Timer::Linger(token));
+        } else {
+            self.forget_token(token);
+        }
+    }
+
+    /// Such a client can take more, or is gone.
+    pub(crate) fn flush_lingering(&mut self, ready: Ready) {
+        let Some(sink) = self.lingering.get_mut(&ready.token) else {
+            return;
+        };
+        if ready.hangup || !matches!(sink.flush(), Ok(false)) {
+            self.lingering.remove(&ready.token);
+            self.forget_token(ready.token);
+        }
+    }
+
+    /// Time has passed: let go of such a client when it took nothing.
+    pub(crate) fn check_lingering(&mut self, token: u64) {
+        let Some(sink) = self.lingering.get_mut(&token) else {
+            return;
+        };
+        if std::mem::take(&mut sink.moved) {
+            self.after(STALL_MS, Timer::Linger(token));
+        } else {
+            self.lingering.remove(&token);
+            self.forget_token(token);
+        }
+    }
+
     /// An attached client can take more, or is gone.
     pub(crate) fn flush_attached(&mut self, id: &str, ready: Ready) {
         let Some(container) = self.containers.get_mut(id) else {
@@ -186,5 +291,6 @@ impl Shim {
         if let Some(sink) = gone {
             self.forget_token(sink.token);
         }
+        self.tend_attached(id);
     }
 }

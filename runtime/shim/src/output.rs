@@ -11,9 +11,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 pub(crate) const READ_BYTES: usize = 16 * 1024;
 /// Reads per wake-up, so that one loud container cannot starve the others.
 const READS_PER_TURN: usize = 8;
-/// What an attached client may lag behind before it is cut off: a slow reader must not stop the
-/// container.
-const MAX_BEHIND_BYTES: usize = 1 << 20;
+/// What an attached client may lag behind before the container's output is not read any further,
+/// so that a slow terminal sees all of it. One that takes nothing at all for a while is cut off
+/// (`STALL_MS`): nobody stops a container for longer.
+const MAX_BEHIND_BYTES: usize = 256 * 1024;
 /// What is kept of an attached client's input while the container does not read.
 const MAX_INPUT_BYTES: usize = 64 * 1024;
 
@@ -56,6 +57,8 @@ pub(crate) struct Sink {
     pub(crate) fd: OwnedFd,
     pub(crate) token: u64,
     pub(crate) queue: VecDeque<u8>,
+    /// Something was taken since this was last looked at.
+    pub(crate) moved: bool,
 }
 
 impl Sink {
@@ -64,6 +67,7 @@ impl Sink {
             fd,
             token,
             queue: VecDeque::new(),
+            moved: false,
         }
     }
 
@@ -72,13 +76,21 @@ impl Sink {
         while !self.queue.is_empty() {
             let (front, _) = self.queue.as_slices();
             match event::write(self.fd.as_fd(), front) {
-                Ok(count) => drop(self.queue.drain(..count)),
+                Ok(count) => {
+                    self.moved = true;
+                    drop(self.queue.drain(..count));
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) => return Err(error),
             }
         }
         self.queue = VecDeque::new();
         Ok(true)
+    }
+
+    /// Whether it lags so far behind that the container is held.
+    pub(crate) fn is_behind(&self) -> bool {
+        self.queue.len() > MAX_BEHIND_BYTES
     }
 
     /// Whether more input may be taken for it.
@@ -111,6 +123,8 @@ pub(crate) struct Output {
     pub(crate) log: Option<LogFile>,
     pub(crate) streams: [Option<Stream>; 2],
     pub(crate) attachments: Vec<Attachment>,
+    /// Not read for now, because an attached client is too far behind.
+    pub(crate) held: bool,
 }
 
 impl Output {
@@ -175,6 +189,16 @@ impl Output {
         Some(stream)
     }
 
+    /// What attached clients still have to take.
+    pub(crate) fn sinks(&mut self) -> impl Iterator<Item = &mut Option<Sink>> {
+        self.attachments.iter_mut().flat_map(|a| &mut a.outputs)
+    }
+
+    /// Whether an attached client is too far behind.
+    pub(crate) fn is_behind(&mut self) -> bool {
+        self.sinks().flatten().any(|sink| sink.is_behind())
+    }
+
     /// The descriptor of a terminal's master side, which is the stdout stream.
     pub(crate) fn terminal(&self) -> Option<BorrowedFd<'_>> {
         self.streams[0].as_ref().map(|stream| stream.fd.as_fd())
@@ -186,8 +210,7 @@ fn copy_to_attached(attachments: &mut [Attachment], name: StreamName, bytes: &[u
         let slot = &mut attachment.outputs[name.index()];
         let Some(sink) = slot else { continue };
         sink.queue.extend(bytes);
-        let broken = sink.flush().is_err();
-        if broken || sink.queue.len() > MAX_BEHIND_BYTES {
+        if sink.flush().is_err() {
             *slot = None;
         }
     }

@@ -120,6 +120,7 @@ impl Shim {
             }
             self.finish_if_drained(id);
         }
+        self.tend_attached(id);
     }
 
     fn finish_if_drained(&mut self, id: &str) {
@@ -190,9 +191,14 @@ impl Shim {
         let output = std::mem::take(&mut container.output);
         let (stdin, oom) = (container.stdin.take(), container.oom.take());
         let mut tokens: Vec<u64> = output.streams.iter().flatten().map(|s| s.token).collect();
-        for attachment in &output.attachments {
+        for attachment in output.attachments {
             tokens.extend(attachment.input.as_ref().map(|(_, token)| *token));
-            tokens.extend(attachment.outputs.iter().flatten().map(|sink| sink.token));
+            for mut sink in attachment.outputs.into_iter().flatten() {
+                match sink.flush() {
+                    Ok(false) => self.linger(sink),
+                    Ok(true) | Err(_) => tokens.push(sink.token),
+                }
+            }
         }
         tokens.extend(stdin.as_ref().map(|sink| sink.token));
         tokens.extend(oom.as_ref().and_then(|(_, token)| *token));

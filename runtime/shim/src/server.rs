@@ -5,7 +5,7 @@
 //! sleeps without a timer.
 
 use crate::container::{Container, ExecSession, ReplyTo};
-use crate::output::StreamName;
+use crate::output::{Sink, StreamName};
 use crate::setup::{Helper, UserNs};
 use linux::event::{self, Interest, Poller, Ready};
 use linux::process::attrs;
@@ -46,6 +46,8 @@ pub(crate) enum Source {
     AttachInput(String),
     /// An attached client can take more.
     AttachOutput(String),
+    /// A client still takes what an ended container wrote.
+    Lingering,
     /// Memory ran out in a container.
     Oom(String),
 }
@@ -57,6 +59,10 @@ pub(crate) enum Timer {
     Drain(String),
     /// Look at the count of memory kills again, so many times more.
     OomAgain(String, u32),
+    /// See whether attached clients that hold a container take anything.
+    Stalled(String),
+    /// See whether a client takes anything of what an ended container wrote.
+    Linger(u64),
     /// Stop waiting for killed containers.
     Shutdown,
 }
@@ -91,6 +97,8 @@ pub(crate) struct Shim {
     pub(crate) sandbox: Option<Sandbox>,
     pub(crate) containers: BTreeMap<String, Container>,
     pub(crate) execs: BTreeMap<String, ExecSession>,
+    /// What attached clients of ended containers still have to take, by token.
+    pub(crate) lingering: BTreeMap<u64, Sink>,
     timers: Vec<(u64, Timer)>,
     pub(crate) scratch: Vec<u8>,
     pub(crate) next_exec_number: u64,
@@ -124,6 +132,7 @@ impl Shim {
             sandbox: None,
             containers: BTreeMap::new(),
             execs: BTreeMap::new(),
+            lingering: BTreeMap::new(),
             timers: Vec::new(),
             scratch: Vec::new(),
             next_exec_number: 0,
@@ -142,7 +151,8 @@ impl Shim {
     /// Serve until told to shut down.
     pub(crate) fn run(&mut self) -> io::Result<()> {
         let mut ready: Vec<Ready> = Vec::new();
-        while !self.finished {
+        // Clients of ended containers still get what was written for them.
+        while !self.finished || !self.lingering.is_empty() {
             ready.clear();
             self.poller.wait(&mut ready, self.next_timeout())?;
             // Children last: an exited child's notes and output come first.
@@ -180,6 +190,11 @@ impl Shim {
                 None
             }
         }
+    }
+
+    /// Let a token mean something else.
+    pub(crate) fn replace_source(&mut self, token: u64, source: Source) {
+        self.sources.insert(token, source);
     }
 
     /// Forget a token; closing the descriptor takes it out of the poller.
@@ -220,6 +235,8 @@ impl Shim {
             match timer {
                 Timer::Drain(id) => self.stop_draining(&id),
                 Timer::OomAgain(id, left) => self.check_oom(&id, left),
+                Timer::Stalled(id) => self.check_stalled(&id),
+                Timer::Linger(token) => self.check_lingering(token),
                 Timer::Shutdown => self.finish_shutdown(),
             }
         }
@@ -242,6 +259,7 @@ impl Shim {
             Source::Stdin(id) => self.stdin_woke(&id, ready),
             Source::AttachInput(id) => self.read_attach_input(&id, ready.token),
             Source::AttachOutput(id) => self.flush_attached(&id, ready),
+            Source::Lingering => self.flush_lingering(ready),
             Source::Oom(id) => self.oom_woke(&id),
         }
     }

@@ -338,6 +338,42 @@ fn a_client_that_does_not_read_does_not_stop_the_container() {
     assert_eq!(lab.wait_exit("a").exit_code, 0);
 }
 
+/// More than the pipe takes: the rest is the shim's, whatever comes of the container.
+#[test]
+fn a_client_that_reads_late_gets_all_that_an_ended_container_wrote() {
+    let mut lab = Lab::new();
+    for (id, lines) in [("short", 30_000), ("long", 300_000)] {
+        let script = format!("while [ ! -e /go ]; do sleep 0.01; done; seq 1 {lines}");
+        let spec = lab.spec(id, &["sh", "-c", &script]);
+        lab.launch(spec).unwrap();
+        let (out_read, out_write) = linux::event::pipe().unwrap();
+        let stdio = Stdio {
+            stdin: false,
+            stdout: true,
+            stderr: false,
+        };
+        let attach = Request::Attach {
+            container_id: id.into(),
+            stdio,
+        };
+        lab.request(attach, vec![out_write]).unwrap();
+        lab.exec("e", id, &["touch", "/go"]);
+        if id == "short" {
+            // Less than what holds a container: it ends with nobody reading.
+            lab.wait_exit(id);
+        }
+        let wanted: String = (1..=lines).map(|i| format!("{i}\n")).collect();
+        assert!(read_all(out_read) == wanted, "{id}: the output differs");
+        if id == "long" {
+            assert_eq!(lab.wait_exit(id).exit_code, 0);
+        }
+        assert!(
+            log_text(&lab.log_path(id)) == wanted,
+            "{id}: the log differs"
+        );
+    }
+}
+
 #[test]
 fn a_session_ends_with_the_client_that_asked_for_it() {
     let mut lab = Lab::new();
