@@ -12,4 +12,5 @@ mod pods_end_in_order_and_can_be_debugged;
 mod pods_start_restart_and_end;
 mod probes_decide_readiness_and_restarts;
 mod streams_carry_every_byte;
+mod the_node_can_be_measured_and_guarded;
 mod volumes_hold_and_follow_their_sources;

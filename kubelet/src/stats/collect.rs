@@ -149,9 +149,19 @@ impl<R: RuntimeService + ImageService> Stats<R> {
     /// The part that `only_cpu_and_memory=true` and `/metrics/resource` want. Blocks shortly.
     pub fn cpu_and_memory(&self) -> Summary {
         let views = self.views();
+        let mut node = self.node(Timestamp::now());
+        node.io = None;
+        node.system_containers.iter_mut().for_each(|c| c.io = None);
+        let small = |mut pod: PodStats| {
+            pod.io = None;
+            pod.process_stats = None;
+            pod.containers.iter_mut().for_each(|c| c.io = None);
+            pod
+        };
+        let pods = views.iter().filter_map(|view| self.pod(view)).map(small);
         Summary {
-            node: self.node(Timestamp::now()),
-            pods: views.iter().filter_map(|view| self.pod(view)).collect(),
+            node,
+            pods: pods.collect(),
         }
     }
 
@@ -232,7 +242,11 @@ impl<R: RuntimeService + ImageService> Stats<R> {
         let own = self.own_cgroup.as_deref().zip(self.machine.as_ref());
         if let Some(stats) = own.and_then(|(path, cgroups)| cgroups.stats(path)) {
             let stats = CgroupStats::from(&stats);
-            let kubelet = self.cgroup("kubelet", "kubelet", &stats, self.started);
+            // The cgroup may be older than this agent: its use in all says nothing of our life.
+            let kubelet = ContainerStats {
+                start_time: self.started,
+                ..self.cgroup("kubelet", "kubelet", &stats, Time::default())
+            };
             let runtime = ContainerStats {
                 name: "runtime".to_owned(),
                 ..kubelet.clone()
