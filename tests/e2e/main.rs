@@ -2,6 +2,7 @@
 //! sentence. `cargo xtask test` brings a lab up for them; `FERRULE_LAB=<name>` runs them in another.
 
 mod a_killed_agent_loses_nothing;
+mod a_node_runs_its_own_control_plane;
 mod bad_input_is_named_and_harms_nobody;
 mod chaos_leaves_only_truth;
 mod containers_get_what_their_pod_says;
@@ -11,6 +12,7 @@ mod nodes_register_and_report;
 mod pods_end_in_order_and_can_be_debugged;
 mod pods_start_restart_and_end;
 mod probes_decide_readiness_and_restarts;
+mod static_pods_need_no_apiserver;
 mod streams_carry_every_byte;
 mod the_node_can_be_measured_and_guarded;
 mod volumes_hold_and_follow_their_sources;

@@ -24,6 +24,8 @@ It is kubelet and container runtime in one process. It needs three things:
   a kubeconfig with this node's certificate (CN=system:node:<name>, O=system:nodes),
   a KubeletConfiguration file (kubelet.config.k8s.io/v1beta1; all fields are optional),
   a network configuration list in /etc/cni/net.d and its plugins in /opt/cni/bin.
+Pods of manifests (staticPodPath, staticPodURL) run before there is an apiserver, and without
+--kubeconfig they are all it runs (standalone).
 Containers outlive it: stop, kill or replace it at any time.";
 
 const EXAMPLES: &str = "\
@@ -33,6 +35,9 @@ Examples:
   kubelet --config kubelet.yaml --kubeconfig node.kubeconfig --runtime-config ferrule.yaml \\
           --hostname-override node-1 --node-ip 10.0.0.5
       The same with our own settings (registry mirrors, directories) and a name of your choice.
+  kubelet --config standalone.yaml
+      Run the pods of the manifests that the file names, without any apiserver; it has to set
+      authentication.webhook.enabled: false and authorization.mode: AlwaysAllow.
   kubelet --check --config kubelet.yaml
       Read the configuration, say what is wrong with it, and print what would hold.
   kubelet completion bash > /etc/bash_completion.d/kubelet

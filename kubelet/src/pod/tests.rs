@@ -5,6 +5,7 @@ use super::environment::{PodEnvironment, Rejection, StartContext, StepError};
 use super::fixture::{deleting, simple};
 use super::index::PodIndex;
 use super::manager::{Inputs, Manager};
+use super::mirror::Mirrors;
 use super::state::{BackoffLimits, EndingNote};
 use super::worker::WorkerDeps;
 use crate::events::EventSink;
@@ -142,6 +143,10 @@ struct Lab {
 
 impl Lab {
     fn start(runtime: Arc<FakeRuntime>) -> Self {
+        Self::with_sources(runtime, &[Source::Api])
+    }
+
+    fn with_sources(runtime: Arc<FakeRuntime>, sources: &[Source]) -> Self {
         runtime.preload("a:1", ImageConfig::default());
         let (api, events, index) = (Apiserver::default(), EventSink::memory(), PodIndex::new());
         let (changes, changes_rx) = mpsc::channel(64);
@@ -175,7 +180,9 @@ impl Lab {
             objects: objects_rx,
             heartbeat: Arc::default(),
         };
-        tokio::spawn(Manager::new(deps).run(inputs, cancel.clone()));
+        let mirrors = Mirrors::new(publisher, index.clone());
+        let manager = Manager::with_sources(deps, sources.iter().copied(), mirrors);
+        tokio::spawn(manager.run(inputs, cancel.clone()));
         Self {
             runtime,
             node,
@@ -478,6 +485,111 @@ async fn what_the_apiserver_does_not_know_is_ended_after_the_first_sync() {
     })
     .await;
     assert!(second.api.deleted.lock().unwrap().is_empty());
+}
+
+/// A pod of a manifest, with this UID.
+fn from_manifest(uid: &str) -> Pod {
+    let mut pod = simple("Always");
+    pod.metadata.uid = Some(uid.to_owned());
+    pod.metadata.generation = None;
+    let annotation = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+    pod.metadata.annotations = Some(
+        [
+            annotation("kubernetes.io/config.source", "file"),
+            annotation("kubernetes.io/config.hash", uid),
+        ]
+        .into(),
+    );
+    pod
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_manifest_that_returns_while_its_pod_ends_starts_it_again_and_counts() {
+    let runtime = Arc::new(FakeRuntime::new());
+    let lab = Lab::with_sources(runtime.clone(), &[Source::File]);
+    lab.set(from_manifest("h1")).await;
+    lab.phase("h1", "Running").await;
+    let first = runtime.find("h1", "a").unwrap().id;
+    lab.gone(from_manifest("h1")).await;
+    lab.set(from_manifest("h1")).await;
+    let restarted = || {
+        let entry = lab.index.by_uid("h1");
+        let statuses = entry.and_then(|e| e.status.container_statuses.clone());
+        statuses.is_some_and(|s| s[0].restart_count == 1 && s[0].ready)
+    };
+    until("restarted", restarted).await;
+    assert_ne!(runtime.find("h1", "a").unwrap().id, first);
+    // And once more, after it was gone for good.
+    lab.gone(from_manifest("h1")).await;
+    until("gone", || runtime.list_sandboxes().is_empty()).await;
+    until("forgotten", || lab.index.by_uid("h1").is_none()).await;
+    lab.set(from_manifest("h1")).await;
+    lab.phase("h1", "Running").await;
+    assert!(
+        lab.api.statuses.lock().unwrap().is_empty(),
+        "there is no mirror"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_manifest_changed_while_no_agent_ran_waits_for_the_old_pod_and_for_nobody_else() {
+    let runtime = Arc::new(FakeRuntime::new());
+    let first = Lab::with_sources(runtime.clone(), &[Source::File]);
+    first.set(from_manifest("h1")).await;
+    first.phase("h1", "Running").await;
+    drop(first);
+    // The apiserver never answers.
+    let second = Lab::with_sources(runtime.clone(), &[Source::Api, Source::File]);
+    second.set(from_manifest("h2")).await;
+    second
+        .changes
+        .send(PodChange::Synced(Source::File))
+        .await
+        .unwrap();
+    second.phase("h2", "Running").await;
+    let uids: Vec<_> = runtime
+        .list_sandboxes()
+        .into_iter()
+        .map(|s| s.config.uid)
+        .collect();
+    assert_eq!(uids, ["h2"]);
+    // Back to the old content: its UID is not dead for ever.
+    second.gone(from_manifest("h2")).await;
+    second.set(from_manifest("h1")).await;
+    second.phase("h1", "Running").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_unknown_before_every_source_was_read_and_mirrors_are_never_run() {
+    let runtime = Arc::new(FakeRuntime::new());
+    let first = Lab::start(runtime.clone());
+    first.set(simple("Always")).await;
+    first.phase("u1", "Running").await;
+    drop(first);
+    let second = Lab::with_sources(runtime.clone(), &[Source::Api, Source::File]);
+    let mut mirror = from_manifest("m1");
+    let annotations = mirror.metadata.annotations.as_mut().unwrap();
+    annotations.insert("kubernetes.io/config.mirror".to_owned(), "h9".to_owned());
+    mirror.metadata.name = Some("other".to_owned());
+    second.set(mirror).await;
+    second
+        .changes
+        .send(PodChange::Synced(Source::Api))
+        .await
+        .unwrap();
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert_eq!(
+        runtime.list_sandboxes().len(),
+        1,
+        "the old pod may be static"
+    );
+    assert_eq!(runtime.list_sandboxes()[0].config.uid, "u1");
+    second
+        .changes
+        .send(PodChange::Synced(Source::File))
+        .await
+        .unwrap();
+    until("ended", || runtime.list_sandboxes().is_empty()).await;
 }
 
 /// One step of a random life.

@@ -341,6 +341,9 @@ impl<A: StatusApi> PublishTask<A> {
             let Some(object_uid) = slot.object_uid.clone() else {
                 continue;
             };
+            if object_uid != uid {
+                slot.wanted = Arc::new(keep_times(&slot.base, &slot.wanted));
+            }
             let body = patch::patch(&object_uid, &slot.base, &slot.wanted);
             if body.is_none() && slot.farewell.is_none() {
                 continue;
@@ -434,6 +437,26 @@ impl<A: StatusApi> PublishTask<A> {
             }
         }
     }
+}
+
+/// A static pod's status does not survive the agent as an object of the API does: what its mirror
+/// says about times holds where nothing has changed since.
+fn keep_times(base: &PodStatus, wanted: &PodStatus) -> PodStatus {
+    let mut status = wanted.clone();
+    if base.start_time.is_some() {
+        status.start_time.clone_from(&base.start_time);
+    }
+    for condition in status.conditions.iter_mut().flatten() {
+        let same = base
+            .conditions
+            .iter()
+            .flatten()
+            .find(|c| c.type_ == condition.type_ && c.status == condition.status);
+        if let Some(time) = same.and_then(|c| c.last_transition_time.clone()) {
+            condition.last_transition_time = Some(time);
+        }
+    }
+    status
 }
 
 /// Sleeps until then; for ever without a time.
@@ -687,6 +710,26 @@ mod tests {
         publisher.set_mirror("u1", Some(&mirror));
         assert_eq!(api.wait_for(2).await[1], "patch web \"Running\"");
         cancel.cancel();
+    }
+
+    #[test]
+    fn a_new_agent_does_not_turn_the_clocks_of_a_mirror() {
+        let with = |ready: &str, at: &str| -> PodStatus {
+            serde_json::from_value(json!({"startTime": at, "conditions": [
+                {"type": "Ready", "status": ready, "lastTransitionTime": at},
+                {"type": "PodScheduled", "status": "True", "lastTransitionTime": at}]}))
+            .unwrap()
+        };
+        let (old, new) = ("2026-01-01T00:00:00Z", "2026-02-02T00:00:00Z");
+        assert_eq!(
+            keep_times(&with("True", old), &with("True", new)),
+            with("True", old)
+        );
+        let kept = keep_times(&with("False", old), &with("True", new));
+        let times = serde_json::to_value(&kept).unwrap();
+        assert_eq!(times["conditions"][0]["lastTransitionTime"], new);
+        assert_eq!(times["conditions"][1]["lastTransitionTime"], old);
+        assert_eq!(times["startTime"], old);
     }
 
     #[tokio::test(start_paused = true)]

@@ -16,6 +16,7 @@ pub mod cgroup;
 pub mod controlplane;
 pub mod down;
 pub mod ferrule;
+pub mod hosted;
 pub mod kubectl;
 pub mod layout;
 pub mod network;

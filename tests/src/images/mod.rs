@@ -60,6 +60,31 @@ pub fn ensure_pushed(registry: &str, cache: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Makes sure that `registry` serves the images of a control plane that runs in pods. Apart from
+/// [`ensure_pushed`]: they are large, and few need them.
+///
+/// # Errors
+/// When an image cannot be built or pushed.
+pub fn ensure_control_plane(registry: &str, cache: &Path) -> Result<()> {
+    let store = layout::Store::open(&cache.join("images"))?;
+    let client = push::Registry::new(registry);
+    for recipe in recipes::CONTROL_PLANE {
+        let image = (recipe.build)(cache, &store)
+            .with_context(|| format!("build image {}:{}", recipe.repository, recipe.tag))?;
+        client
+            .ensure(recipe.repository, recipe.tag, &image)
+            .with_context(|| format!("push {}:{} to {registry}", recipe.repository, recipe.tag))?;
+    }
+    Ok(())
+}
+
+/// `name:tag` of an image of the control plane.
+#[must_use]
+pub fn control_plane_image(name: &str) -> String {
+    let recipe = recipes::CONTROL_PLANE.iter().find(|r| r.repository == name);
+    format!("{name}:{}", recipe.map_or("latest", |r| r.tag))
+}
+
 /// Names under `registry.k8s.io/` that are served, with tags.
 #[must_use]
 pub fn names() -> Vec<String> {

@@ -4,6 +4,7 @@ use super::layer::Layer;
 use super::layout::{Blob, Image, Run, Store, digest, image};
 use super::{debian, programs};
 use crate::artefacts::cache::Inputs;
+use crate::artefacts::go;
 use crate::command;
 use anyhow::{Context, Result};
 use std::fs;
@@ -56,6 +57,17 @@ pub(super) const ALL: &[Recipe] = &[
     e2e("e2e-test-images/nonroot", "1.5", nonroot),
     e2e("e2e-test-images/glibc-dns-testing", "2.0.0", dns_testing),
     e2e("e2e-test-images/ipc-utils", "1.4", ipc_utils),
+];
+
+/// What a node needs to run its own control plane.
+pub(super) const CONTROL_PLANE: &[Recipe] = &[
+    e2e("etcd", "lab", |_, s| {
+        control_plane(s, "etcd", &go::etcd()?.join("etcd"))
+    }),
+    e2e("kube-apiserver", "lab", |_, s| {
+        let program = go::kubernetes()?.join("kube-apiserver");
+        control_plane(s, "kube-apiserver", &program)
+    }),
 ];
 
 const BUSYBOX_PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
@@ -360,6 +372,25 @@ fn nonewprivs(cache: &Path, store: &Store) -> Result<Image> {
         ..Run::default()
     };
     Ok(image(vec![busybox_layer(cache, store)?, layer], &run))
+}
+
+/// One static program and nothing else, as the project's own images.
+fn control_plane(store: &Store, name: &'static str, program: &Path) -> Result<Image> {
+    let mut inputs = Inputs::default();
+    built(&mut inputs, program).word(name);
+    let layer = store.layer(name, inputs, |layer| {
+        for dir in ["usr", "usr/local", "usr/local/bin"] {
+            layer.dir(dir, 0o755);
+        }
+        layer.file(&format!("usr/local/bin/{name}"), 0o755, fs::read(program)?);
+        Ok(())
+    })?;
+    let run = Run {
+        working_dir: "/",
+        version: name,
+        ..Run::default()
+    };
+    Ok(image(vec![layer], &run))
 }
 
 fn dns_testing(cache: &Path, store: &Store) -> Result<Image> {
