@@ -504,62 +504,6 @@ fn from_manifest(uid: &str) -> Pod {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_manifest_that_returns_while_its_pod_ends_starts_it_again_and_counts() {
-    let runtime = Arc::new(FakeRuntime::new());
-    let lab = Lab::with_sources(runtime.clone(), &[Source::File]);
-    lab.set(from_manifest("h1")).await;
-    lab.phase("h1", "Running").await;
-    let first = runtime.find("h1", "a").unwrap().id;
-    lab.gone(from_manifest("h1")).await;
-    lab.set(from_manifest("h1")).await;
-    let restarted = || {
-        let entry = lab.index.by_uid("h1");
-        let statuses = entry.and_then(|e| e.status.container_statuses.clone());
-        statuses.is_some_and(|s| s[0].restart_count == 1 && s[0].ready)
-    };
-    until("restarted", restarted).await;
-    assert_ne!(runtime.find("h1", "a").unwrap().id, first);
-    // And once more, after it was gone for good.
-    lab.gone(from_manifest("h1")).await;
-    until("gone", || runtime.list_sandboxes().is_empty()).await;
-    until("forgotten", || lab.index.by_uid("h1").is_none()).await;
-    lab.set(from_manifest("h1")).await;
-    lab.phase("h1", "Running").await;
-    assert!(
-        lab.api.statuses.lock().unwrap().is_empty(),
-        "there is no mirror"
-    );
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_manifest_changed_while_no_agent_ran_waits_for_the_old_pod_and_for_nobody_else() {
-    let runtime = Arc::new(FakeRuntime::new());
-    let first = Lab::with_sources(runtime.clone(), &[Source::File]);
-    first.set(from_manifest("h1")).await;
-    first.phase("h1", "Running").await;
-    drop(first);
-    // The apiserver never answers.
-    let second = Lab::with_sources(runtime.clone(), &[Source::Api, Source::File]);
-    second.set(from_manifest("h2")).await;
-    second
-        .changes
-        .send(PodChange::Synced(Source::File))
-        .await
-        .unwrap();
-    second.phase("h2", "Running").await;
-    let uids: Vec<_> = runtime
-        .list_sandboxes()
-        .into_iter()
-        .map(|s| s.config.uid)
-        .collect();
-    assert_eq!(uids, ["h2"]);
-    // Back to the old content: its UID is not dead for ever.
-    second.gone(from_manifest("h2")).await;
-    second.set(from_manifest("h1")).await;
-    second.phase("h1", "Running").await;
-}
-
-#[tokio::test(start_paused = true)]
 async fn nothing_is_unknown_before_every_source_was_read_and_mirrors_are_never_run() {
     let runtime = Arc::new(FakeRuntime::new());
     let first = Lab::start(runtime.clone());

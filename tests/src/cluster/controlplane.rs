@@ -15,7 +15,7 @@ use std::time::Duration;
 const START_LIMIT: Duration = Duration::from_secs(120);
 
 /// Grants what the control plane's own users lack by default.
-const ACCESS: &str = include_str!("access.yaml");
+pub(super) const ACCESS: &str = include_str!("access.yaml");
 
 /// Starts what does not run yet and waits until the apiserver is ready.
 ///

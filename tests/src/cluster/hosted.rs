@@ -8,7 +8,7 @@ use super::kubectl::Kubectl;
 use super::node::{self, NodeContext};
 use super::pki::{self, Authority, Subject};
 use super::state::{NodeKind, write_file};
-use super::{Lab, ferrule, layout::Layout, network};
+use super::{Lab, controlplane, ferrule, layout::Layout, network};
 use crate::artefacts::{go, ours};
 use crate::process::{self, ProcessIdentity, ProcessSpec};
 use crate::{images, paths};
@@ -203,6 +203,27 @@ impl Hosted {
             .and_then(|record| record.identity)
             .context("the agent was never started")?;
         process::kill(identity, KILL_LIMIT)
+    }
+
+    /// Lets the apiserver use the agents' API, as installers do.
+    ///
+    /// # Errors
+    /// When the apiserver refuses.
+    pub fn grant_access(&self) -> Result<()> {
+        self.kubectl.apply(controlplane::ACCESS).map(drop)
+    }
+
+    /// Kills the apiserver's process.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn kill_apiserver(&self) -> Result<()> {
+        let word = format!("--advertise-address={}", self.address());
+        let found = process::all().into_iter().find(|process| {
+            let line = fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
+            line.starts_with(b"kube-apiserver") && String::from_utf8_lossy(&line).contains(&word)
+        });
+        process::kill(found.context("the apiserver does not run")?, KILL_LIMIT)
     }
 
     /// What the agent's HTTPS API shows under `/pods`, asked with the apiserver's certificate.

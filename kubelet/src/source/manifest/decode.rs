@@ -10,6 +10,9 @@ const AMOUNTS: [&str; 3] = ["limits", "requests", "overhead"];
 /// Fields that hold one amount.
 const AMOUNT: [&str; 2] = ["sizeLimit", "divisor"];
 
+/// Longest text in which a wrong value is searched for.
+const MAX_SEARCHED: usize = 64 << 10;
+
 /// Reads the first document. JSON is YAML.
 pub(super) fn tree(text: &[u8]) -> Result<Value, ManifestError> {
     let text = utf8(text)?;
@@ -110,7 +113,10 @@ pub(super) fn typed(mut tree: Value, text: &[u8]) -> Result<Pod, ManifestError> 
         Ok(pod) => return Ok(pod),
         Err(error) => error.to_string(),
     };
-    let place = culprit(&tree);
+    // A search: not for texts that nobody wrote by hand.
+    let place = (text.len() <= MAX_SEARCHED)
+        .then(|| culprit(&tree))
+        .flatten();
     let place = place.or_else(|| located(text));
     Err(ManifestError::Parse(match place {
         Some(place) => format!("{place}: {error}"),
