@@ -121,8 +121,11 @@ pub fn write_atomic(
     rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode))
         .map_err(|e| FsError::io("set the mode of", &temporary_path, e))?;
     let mut file = std::fs::File::from(fd);
-    file.write_all(content)
-        .map_err(|e| FsError::io("write", &temporary_path, e))?;
+    if let Err(e) = file.write_all(content) {
+        // On a full disk not even half of it may stay.
+        let _ = unlinkat(&dir, &temporary, AtFlags::empty());
+        return Err(FsError::io("write", &temporary_path, e));
+    }
     if durability == Durability::PowerLoss {
         fsync(&file).map_err(|e| FsError::io("sync", &temporary_path, e))?;
     }

@@ -195,7 +195,9 @@ pub(crate) async fn on_lost(inner: &Arc<Inner>, container: &Arc<Container>, now_
             record.phase = Phase::Exited(exit.clone());
             record
         });
-        store::save(&with_inner.config, &record)?;
+        if let Err(e) = store::save(&with_inner.config, &record) {
+            tracing::warn!(container = %record.id, error = %e, "its end is not recorded");
+        }
         Ok(exit)
     });
     match outcome.await {
@@ -230,8 +232,12 @@ pub(crate) async fn remove(inner: Arc<Inner>, id: ContainerId) -> Result<()> {
             r.phase = Phase::Removing(exit);
             r.clone()
         });
-        if store::dir(&with_inner.config, &record.id).exists() {
-            store::save(&with_inner.config, &record)?;
+        if store::dir(&with_inner.config, &record.id).exists()
+            && let Err(e) = store::save(&with_inner.config, &record)
+        {
+            // Found again it is an ended container, to be removed all the same; on a full disk
+            // its removal is what makes space.
+            tracing::warn!(container = %record.id, error = %e, "its removal is not recorded");
         }
         delete(&with_inner, &record.cgroup, &record.id)
     })

@@ -33,8 +33,7 @@ async fn stop_in_turn(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Result<()> 
     match phase {
         Phase::Creating | Phase::Ready => {
             let record = sandbox.change(|r| r.phase = Phase::Stopping);
-            let config = inner.config.clone();
-            blocking(move || store::save_existing(&config, &record)).await?;
+            mark(inner, record).await?;
         }
         // Every step below may be repeated, and finds nothing to do when it was done.
         Phase::Stopping | Phase::Removing => {}
@@ -54,13 +53,25 @@ async fn stop_in_turn(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Result<()> 
         r.shim = None;
         r.netns = None;
     });
-    let config = inner.config.clone();
-    blocking(move || store::save_existing(&config, &record)).await?;
+    mark(inner, record).await?;
     let uid = sandbox.pod_uid();
     inner
         .events
         .announce(&uid, &sandbox.id, None, RuntimeEventKind::SandboxGone);
     Ok(())
+}
+
+/// Writes down how far the end is. On a full disk it goes on unwritten: it is what frees space, and
+/// a sandbox found without the mark has lost its shim, which says the same.
+async fn mark(inner: &Arc<Inner>, record: SandboxRecord) -> Result<()> {
+    let config = inner.config.clone();
+    blocking(move || {
+        if let Err(e) = store::save_existing(&config, &record) {
+            tracing::warn!(sandbox = %record.id, error = %e, "its end is not recorded");
+        }
+        Ok(())
+    })
+    .await
 }
 
 async fn stop_containers(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Result<()> {
@@ -114,12 +125,9 @@ pub(crate) async fn remove(inner: Arc<Inner>, id: SandboxId) -> Result<()> {
         container::teardown::remove(Arc::clone(&inner), container.id.clone()).await?;
     }
     let record = sandbox.change(|r| r.phase = Phase::Removing);
-    let config = inner.config.clone();
-    blocking(move || {
-        store::save_existing(&config, &record)?;
-        store::delete(&config, &record.id)
-    })
-    .await?;
+    mark(&inner, record).await?;
+    let (config, doomed) = (inner.config.clone(), id.clone());
+    blocking(move || store::delete(&config, &doomed)).await?;
     inner.sandboxes().remove(&id);
     Ok(())
 }
