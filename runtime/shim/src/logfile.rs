@@ -5,6 +5,7 @@
 
 use crate::logline;
 use pod_shim::protocol::LogSpec;
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -170,20 +171,30 @@ fn unused_name(path: &Path, now_ns: i64) -> io::Result<PathBuf> {
     Err(io::ErrorKind::AlreadyExists.into())
 }
 
-/// Remove the oldest rotated files beyond `keep`.
+/// Remove the oldest rotated files beyond `keep`, with their compressed forms: while the agent
+/// compresses one it has two names, or three, and still counts as one.
 fn remove_surplus(path: &Path, keep: usize) -> io::Result<()> {
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
         return Ok(());
     };
     let prefix = format!("{}.", name.to_string_lossy());
-    let mut rotated: Vec<String> = std::fs::read_dir(dir)?
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| name.strip_prefix(&prefix).is_some_and(is_rotation_suffix))
-        .collect();
-    rotated.sort();
+    let mut rotated: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for entry in std::fs::read_dir(dir)? {
+        let Some(name) = entry.ok().and_then(|e| e.file_name().into_string().ok()) else {
+            continue;
+        };
+        if name.strip_prefix(&prefix).is_some_and(is_rotation_suffix) {
+            let whole = name.trim_end_matches(".tmp").trim_end_matches(".gz");
+            rotated.entry(whole.to_owned()).or_default().push(name);
+        }
+    }
     let surplus = rotated.len().saturating_sub(keep);
-    for name in &rotated[..surplus] {
-        std::fs::remove_file(dir.join(name))?;
+    for name in rotated.into_values().take(surplus).flatten() {
+        match std::fs::remove_file(dir.join(name)) {
+            // Compressed, and therefore renamed, since it was listed.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
     }
     Ok(())
 }
@@ -272,6 +283,29 @@ mod tests {
             std::fs::read_to_string(dir.0.join("0.log")).unwrap(),
             "number 49\n"
         );
+    }
+
+    #[test]
+    fn a_file_being_compressed_counts_once_and_goes_with_all_its_names() {
+        let dir = dir("compressed");
+        let stem = |day: u32| format!("0.log.2026010{day}-000000");
+        for name in [
+            format!("{}.gz", stem(1)),
+            stem(2),
+            format!("{}.gz", stem(2)),
+            stem(3),
+            format!("{}.tmp", stem(3)),
+            stem(4),
+        ] {
+            std::fs::write(dir.0.join(name), "").unwrap();
+        }
+        remove_surplus(&dir.0.join("0.log"), 2).unwrap();
+        let mut left: Vec<_> = std::fs::read_dir(&dir.0)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        assert_eq!(left, [stem(3), format!("{}.tmp", stem(3)), stem(4)]);
     }
 
     #[test]
