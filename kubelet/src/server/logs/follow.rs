@@ -3,18 +3,25 @@
 use super::LogFile;
 use super::parse::{Formatter, tail_start};
 use bytes::Bytes;
-use inotify::{Inotify, WatchMask};
+use inotify::{EventMask, Inotify, WatchMask};
+use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 /// How much is read and sent at a time.
 const CHUNK: usize = 64 * 1024;
 /// A record is at most a 16 KiB part and its head; a longer line is no record of ours.
 const MAX_LINE: usize = 64 * 1024;
+
+/// Files opened ahead of a reader that is slower than the writer. Each holds back the disk space of
+/// one rotated file; with the usual 10 MiB this is more than half a gigabyte.
+const MAX_AHEAD: usize = 64;
 
 /// Sends what the options ask for. Ends when the log ends (without `follow`), when `ended`
 /// resolves and the rest has been sent, when the limit is reached or the receiver is gone.
@@ -26,12 +33,13 @@ pub async fn send(
     ended: impl Future<Output = ()>,
     out: mpsc::Sender<Bytes>,
 ) -> io::Result<()> {
-    let mut watch = if log.options.follow {
+    let watch = if log.options.follow {
         Some(Watch::new(&log.path)?)
     } else {
         None
     };
     let file = File::open(&log.path)?;
+    let newest = file.try_clone()?;
     let mut reader = Reader {
         formatter: log.options.formatter(),
         left: log.options.limit_bytes,
@@ -40,41 +48,91 @@ pub async fn send(
         out,
     };
     reader.skip_to_tail(log.options.tail_lines)?;
-    if !reader.drain().await? {
-        return Ok(());
-    }
-    let Some(watch) = &mut watch else {
+    let Some(mut watch) = watch else {
+        reader.drain().await?;
         return Ok(());
     };
+    let ahead = Ahead::default();
+    // Side by side in one task: files are opened while the reader waits for its receiver, before
+    // they are compressed or removed.
+    tokio::select! {
+        sent = follow(&mut reader, &log.path, &ahead, ended) => sent,
+        failed = look_ahead(&mut watch, newest, &log.path, &ahead) => failed.map(|_| ()),
+    }
+}
+
+/// Files that came after the one being read, oldest first.
+#[derive(Debug, Default)]
+struct Ahead {
+    files: Mutex<VecDeque<File>>,
+    /// Something was written, or a file was added.
+    news: Notify,
+}
+
+impl Ahead {
+    fn files(&self) -> MutexGuard<'_, VecDeque<File>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Opens each file of the log as soon as it is there.
+async fn look_ahead(
+    watch: &mut Watch,
+    mut newest: File,
+    path: &Path,
+    ahead: &Ahead,
+) -> io::Result<Infallible> {
+    let mut missed = false;
+    loop {
+        missed |= watch.changed().await?;
+        if missed && ahead.files().len() < MAX_AHEAD {
+            missed = false;
+            for file in successors(&newest, path)? {
+                newest = file.try_clone()?;
+                ahead.files().push_back(file);
+            }
+        }
+        ahead.news.notify_one();
+    }
+}
+
+/// Reads file after file.
+async fn follow(
+    reader: &mut Reader,
+    path: &Path,
+    ahead: &Ahead,
+    ended: impl Future<Output = ()>,
+) -> io::Result<()> {
     tokio::pin!(ended);
     let mut last = false;
     loop {
-        // The next file is looked for only after this one was read to its end, and this one is
-        // read once more after it was found to be replaced: nothing is missed between.
-        let next = successors(&reader.file, &log.path)?;
-        if !next.is_empty() {
-            for file in next {
-                if !reader.drain().await? {
-                    return Ok(());
-                }
-                reader.file = file;
-            }
+        if !reader.drain().await? {
+            return Ok(());
+        }
+        let next = ahead.files().pop_front();
+        if let Some(file) = next {
+            // It is there, so nothing will be written to ours any more; but something may have
+            // been since it was read to its end.
             if !reader.drain().await? {
                 return Ok(());
             }
+            reader.file = file;
             continue;
         }
         if last {
+            // The last rotations may not have been noticed yet.
+            for file in successors(&reader.file, path)? {
+                reader.file = file;
+                if !reader.drain().await? {
+                    return Ok(());
+                }
+            }
             return Ok(());
         }
-        // Both arms are cancel-safe: a wake-up that is lost is made good by the next drain.
         tokio::select! {
-            changed = watch.changed() => changed?,
+            () = ahead.news.notified() => {}
             () = reader.out.closed() => return Ok(()),
             () = &mut ended => last = true,
-        }
-        if !reader.drain().await? {
-            return Ok(());
         }
     }
 }
@@ -234,11 +292,16 @@ impl Watch {
         Ok(Self { fd })
     }
 
-    async fn changed(&mut self) -> io::Result<()> {
+    /// Waits for something to happen; whether a file came or went, not only grew.
+    async fn changed(&mut self) -> io::Result<bool> {
         let mut buffer = [0; 4096];
         loop {
             let mut guard = self.fd.readable_mut().await?;
-            match guard.try_io(|fd| fd.get_mut().read_events(&mut buffer).map(|_| ())) {
+            let grown = guard.try_io(|fd| {
+                let mut events = fd.get_mut().read_events(&mut buffer)?;
+                Ok(events.any(|event| !event.mask.contains(EventMask::MODIFY)))
+            });
+            match grown {
                 Ok(done) => return done,
                 Err(_would_block) => {}
             }
@@ -341,5 +404,78 @@ mod tests {
         task.await.unwrap().unwrap();
         let expected: String = (0..written).map(|i| format!("{i}\n")).collect();
         assert_eq!(String::from_utf8(shown).unwrap(), expected + "last\n");
+    }
+
+    /// Waits until this process has a file open.
+    fn until_open(path: &Path) {
+        let start = std::time::Instant::now();
+        let is_open = || {
+            let fds = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+            let mut files = fds.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+            files.any(|file| file == path)
+        };
+        while !is_open() {
+            assert!(start.elapsed().as_secs() < 60, "nobody opened {path:?}");
+            std::thread::yield_now();
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_follower_slower_than_the_writer_still_gets_every_line() {
+        const FILES: usize = 40;
+        const LINES: usize = 500;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        append(&path, "0");
+        let (tx, mut rx) = mpsc::channel(1);
+        let options = LogOptions {
+            follow: true,
+            ..LogOptions::default()
+        };
+        let log = LogFile {
+            path: path.clone(),
+            options,
+        };
+        let (end, ended) = oneshot::channel::<()>();
+        let ended = async {
+            let _ = ended.await;
+        };
+        let task = tokio::spawn(send(log, ended, tx));
+        // The first bytes: it has begun.
+        let mut shown = rx.recv().await.unwrap().to_vec();
+        let place = dir.path().to_owned();
+        let writer = tokio::task::spawn_blocking(move || {
+            let path = place.join("0.log");
+            let mut number = 1;
+            for file in 0..FILES {
+                let text: String = (0..LINES)
+                    .map(|i| line(&(number + i).to_string()))
+                    .collect();
+                number += LINES;
+                let mut open = File::options()
+                    .append(true)
+                    .create(true)
+                    .open(&path)
+                    .unwrap();
+                open.write_all(text.as_bytes()).unwrap();
+                let moved = place.join(format!("0.log.20260101-{file:06}"));
+                std::fs::rename(&path, moved).unwrap();
+                File::create(&path).unwrap();
+                until_open(&path);
+                if file >= 4 {
+                    // Older ones go, as they do under a writer in full flight.
+                    let gone = format!("0.log.20260101-{:06}", file - 4);
+                    std::fs::remove_file(place.join(gone)).unwrap();
+                }
+            }
+        });
+        writer.await.unwrap();
+        end.send(()).unwrap();
+        while let Some(bytes) = rx.recv().await {
+            shown.extend_from_slice(&bytes);
+        }
+        task.await.unwrap().unwrap();
+        let expected: String = (0..=FILES * LINES).map(|i| format!("{i}\n")).collect();
+        assert_eq!(String::from_utf8(shown).unwrap(), expected);
     }
 }
