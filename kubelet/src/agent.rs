@@ -9,6 +9,8 @@
 //! publisher   statuses left by workers                apiserver
 //! events      events left by everybody                apiserver
 //! objects     ConfigMap and Secret changes            namespaces to retry -> manager
+//! collector   pod index, engine                       engine (unused images)
+//! compressor  engine, log directories                 rotated logs
 //! node        machine, engine, apiserver              Node, Lease
 //! server      pod index, engine                       HTTPS clients
 //! ```
@@ -18,9 +20,11 @@
 //! touches no container.
 
 use crate::api::{self, Clients, Opened};
+use crate::compress;
 use crate::config::Config;
 use crate::events::{EventPace, EventSink};
 use crate::images::ImagePuller;
+use crate::images::gc::{ImageGc, Policy};
 use crate::launch::{LaunchContext, dns, qos};
 use crate::metrics;
 use crate::node::{Node, NodeHandle, machine};
@@ -132,7 +136,7 @@ fn engine_config(config: &Config) -> EngineConfig {
         registries: RegistryConfig {
             mirrors: config.images.mirrors.clone(),
             insecure: config.images.insecure.clone(),
-            only_mirrors: false,
+            only_mirrors: config.images.only_mirrors,
         },
     }
 }
@@ -209,6 +213,16 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             self.tracker.spawn(poster.run(client, self.stop.clone()));
             self.tracker.spawn(node.run(self.stop.clone()));
         }
+        let collector = ImageGc::new(
+            self.runtime.clone(),
+            index.clone(),
+            events.clone(),
+            &self.config.node_name,
+            Policy::from(&self.config.images),
+        );
+        self.tracker.spawn(collector.run(self.stop.clone()));
+        let compressor = compress::run(self.runtime.clone(), self.stop.clone());
+        self.tracker.spawn(compressor);
         let ended = self.serve(index, volumes).await;
 
         self.stop.cancel();

@@ -16,6 +16,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod compress;
 pub mod config;
 pub mod events;
 pub mod images;

@@ -78,6 +78,8 @@ struct State {
     on_stop: BTreeMap<String, OnStop>,
     calls: Vec<Call>,
     network: Option<String>,
+    /// Bytes of the image filesystem: capacity, and what others than images use.
+    disk: (u64, u64),
     next: u64,
     /// Time at an instant, nanoseconds since the epoch; none for a clock that only counts.
     clock: Option<(i64, tokio::time::Instant)>,
@@ -196,6 +198,11 @@ impl FakeRuntime {
     /// Makes `network_ready` fail with a message, or succeed.
     pub fn set_network(&self, failure: Option<&str>) {
         self.lock().network = failure.map(str::to_owned);
+    }
+
+    /// Size of the image filesystem, and bytes of it that are not images.
+    pub fn set_disk(&self, capacity_bytes: u64, foreign_bytes: u64) {
+        self.lock().disk = (capacity_bytes, foreign_bytes);
     }
 
     /// Everything called so far, in order.
@@ -656,8 +663,16 @@ impl ImageService for FakeRuntime {
     }
 
     fn fs_usage(&self) -> FsUsage {
+        let state = self.lock();
+        let (capacity_bytes, foreign) = state.disk;
+        let used_bytes = state.images.values().map(|image| image.size_bytes).sum();
         FsUsage {
             path: PathBuf::from("/"),
+            used_bytes,
+            capacity_bytes,
+            available_bytes: capacity_bytes
+                .saturating_sub(foreign)
+                .saturating_sub(used_bytes),
             ..FsUsage::default()
         }
     }

@@ -113,6 +113,8 @@ pub struct ImageSettings {
     pub mirrors: BTreeMap<String, Vec<String>>,
     /// Registry hosts spoken to without TLS, or with any certificate.
     pub insecure: Vec<String>,
+    /// A registry that has mirrors is never asked itself.
+    pub only_mirrors: bool,
 }
 
 /// A threshold such as `100Mi` or `10%`.

@@ -427,6 +427,13 @@ fn images(tree: &Tree<'_>, runtime: &Tree<'_>, problems: &mut Vec<Problem>) -> I
         let what = format!("{low} must be less than imageGCHighThresholdPercent ({high})");
         problem(problems, "imageGCLowThresholdPercent", what);
     }
+    let minimum_gc_age = tree.duration("imageMinimumGCAge", seconds(120));
+    let maximum_gc_age = tree.duration("imageMaximumGCAge", Duration::ZERO);
+    if !maximum_gc_age.is_zero() && maximum_gc_age <= minimum_gc_age {
+        let [maximum, minimum] = [maximum_gc_age, minimum_gc_age].map(duration::format);
+        let what = format!("{maximum} must be greater than imageMinimumGCAge ({minimum})");
+        problem(problems, "imageMaximumGCAge", what);
+    }
     let serial = tree.bool("serializeImagePulls", false);
     let parallel: usize = tree.positive("maxParallelImagePulls", PARALLEL_PULLS);
     if serial && tree.positive("maxParallelImagePulls", 1) > 1 {
@@ -445,8 +452,8 @@ fn images(tree: &Tree<'_>, runtime: &Tree<'_>, problems: &mut Vec<Problem>) -> I
         registry_qps: tree.int("registryPullQPS", 5),
         registry_burst: tree.positive("registryBurst", 10),
         max_parallel_pulls: if serial { 1 } else { parallel },
-        minimum_gc_age: tree.duration("imageMinimumGCAge", seconds(120)),
-        maximum_gc_age: tree.duration("imageMaximumGCAge", Duration::ZERO),
+        minimum_gc_age,
+        maximum_gc_age,
         gc_high_percent: high,
         gc_low_percent: low,
         status_max_images: tree.int("nodeStatusMaxImages", 50),
@@ -456,6 +463,7 @@ fn images(tree: &Tree<'_>, runtime: &Tree<'_>, problems: &mut Vec<Problem>) -> I
             .map(|(host, list)| (host.clone(), urls(list)))
             .collect(),
         insecure: runtime.texts("registries.insecure"),
+        only_mirrors: runtime.bool("registries.onlyMirrors", false),
     }
 }
 

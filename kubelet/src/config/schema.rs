@@ -460,6 +460,7 @@ pub const RUNTIME_CONFIGURATION: &[Field] = &[
         Object(&[
             field("mirrors", Map(&List(&Text)), ""),
             field("insecure", List(&Text), ""),
+            field("onlyMirrors", Bool, ""),
         ]),
         "",
     ),

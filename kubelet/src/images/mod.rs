@@ -11,6 +11,7 @@
 //! back behind another pod's pull of the same image.
 
 mod backoff;
+pub mod gc;
 mod keyring;
 mod pace;
 

@@ -87,6 +87,7 @@ fn settings(parallel: usize) -> ImageSettings {
         status_max_images: 50,
         mirrors: BTreeMap::new(),
         insecure: Vec::new(),
+        only_mirrors: false,
     }
 }
 

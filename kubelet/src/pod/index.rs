@@ -6,6 +6,7 @@ use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use runtime::service::ContainerId;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
+use tokio::sync::watch;
 
 /// The instances of one container by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -49,6 +50,8 @@ pub struct PodIndex {
     inner: Arc<RwLock<HashMap<String, Arc<PodEntry>>>>,
     /// UIDs of mirror pods, and whose they are.
     mirrors: Arc<RwLock<HashMap<String, String>>>,
+    /// Whether the sources have shown all there is.
+    synced: Arc<watch::Sender<bool>>,
 }
 
 impl PodIndex {
@@ -117,6 +120,17 @@ impl PodIndex {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(uid, Arc::new(entry));
+    }
+
+    /// The sources have shown every pod of this node once. For the pod manager.
+    pub fn set_synced(&self) {
+        self.synced.send_replace(true);
+    }
+
+    /// Waits for [`PodIndex::set_synced`]: before it, a pod that is not here may still come.
+    pub async fn synced(&self) {
+        // The sender lives as long as we do.
+        let _ = self.synced.subscribe().wait_for(|synced| *synced).await;
     }
 
     /// Forgets a pod.

@@ -246,6 +246,8 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
         let mut uids: BTreeSet<String> = self.volumes.list_on_disk().into_iter().collect();
         let pods = linux::fs::list_dir(&context.root_dir.join("pods")).unwrap_or_default();
         uids.extend(pods.into_iter().filter_map(|name| name.into_string().ok()));
+        let logs = linux::fs::list_dir(&context.pod_logs_dir).unwrap_or_default();
+        uids.extend(logs.iter().filter_map(|name| owner_of_logs(name.to_str()?)));
         for parent in qos_parents(&context.kubepods) {
             let names = self.runtime.list_cgroups(&parent);
             uids.extend(
@@ -284,6 +286,21 @@ fn qos_parents(kubepods: &str) -> [String; 3] {
         qos::QosClass::BestEffort,
     ]
     .map(|class| class.cgroup(kubepods))
+}
+
+/// The UID in the name of a log directory, `<namespace>_<name>_<uid>`. What has not that form is
+/// somebody else's.
+fn owner_of_logs(directory: &str) -> Option<String> {
+    let mut parts = directory.split('_');
+    let (namespace, name, uid) = (parts.next()?, parts.next()?, parts.next()?);
+    // Of apiservers a UUID, of manifests a hash in hexadecimal.
+    let plain = |b: u8| b.is_ascii_hexdigit() || b == b'-';
+    let ours = !namespace.is_empty()
+        && !name.is_empty()
+        && parts.next().is_none()
+        && (32..=36).contains(&uid.len())
+        && uid.bytes().all(plain);
+    ours.then(|| uid.to_owned())
 }
 
 /// Log directories of a pod, found by its UID: an orphan's names may be unknown.
@@ -381,5 +398,31 @@ impl<R: RuntimeService + ImageService> NodeEnvironment<R> {
         };
         let message = format!("Failed to create pod sandbox: {message}");
         Err(StepError::new("FailedCreatePodSandBox", message))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::owner_of_logs;
+
+    #[test]
+    fn only_directories_named_like_a_pods_logs_belong_to_a_pod() {
+        let uid = "5bb1dcc1-2c5f-4be1-a4bd-8b1a7d0e7a3e";
+        let owner = |name: &str| owner_of_logs(name);
+        assert_eq!(owner(&format!("ns_pod_{uid}")).as_deref(), Some(uid));
+        let hash = "0123456789abcdef0123456789abcdef";
+        assert_eq!(
+            owner(&format!("kube-system_etcd-n1_{hash}")).as_deref(),
+            Some(hash)
+        );
+        for foreign in [
+            "lost+found",
+            "a_b_c",
+            "ns_pod",
+            &format!("x_ns_pod_{uid}"),
+            &format!("__{uid}"),
+        ] {
+            assert_eq!(owner(foreign), None, "{foreign}");
+        }
     }
 }

@@ -211,6 +211,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
         }
         if all {
             info!(pods = self.workers.len(), "Pods are synced");
+            self.deps.index.set_synced();
             self.end_unknown();
         }
     }

@@ -17,6 +17,7 @@ mod life;
 pub mod manager;
 mod measure;
 pub mod mirror;
+mod old_logs;
 pub mod plan;
 pub mod spec;
 pub mod state;

@@ -5,6 +5,7 @@ mod container;
 mod settle;
 
 use super::environment::{PodEnvironment, StepError};
+use super::old_logs;
 use super::plan::Action;
 use super::spec;
 use super::state::{CrashBackoff, Step, Steps};
@@ -128,10 +129,17 @@ pub(super) fn begin<R: RuntimeService, E: PodEnvironment>(
             let (image, result) = split(ensure_image(&deps, &pod, &container).await);
             Outcome::new(Ended::Image { container, image }, result)
         }),
-        Action::RemoveContainer(id) => worker.actions.spawn(async move {
-            let result = ending(deps.runtime.remove_container(&id).await);
-            Outcome::new(Ended::ContainerRemoved(id), result)
-        }),
+        Action::RemoveContainer(id) => {
+            let old = old_logs::behind(observed, &id);
+            worker.actions.spawn(async move {
+                let result = ending(deps.runtime.remove_container(&id).await);
+                if let (Ok(()), Some(old)) = (&result, old) {
+                    // Whatever stays is taken at the next removal.
+                    let _ = tokio::task::spawn_blocking(move || old_logs::remove(&old)).await;
+                }
+                Outcome::new(Ended::ContainerRemoved(id), result)
+            })
+        }
         Action::Teardown => worker.actions.spawn(async move {
             Outcome::new(Ended::TornDown, deps.environment.teardown(&pod).await)
         }),
