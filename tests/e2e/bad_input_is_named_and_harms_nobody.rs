@@ -1,7 +1,10 @@
 //! Wrong specifications: each gets a message that names what is wrong, and nothing else suffers.
 
 use anyhow::{Result, ensure};
-use testkit::scenario::{Event, Scenario, container, script_pod, text, waiting_reason};
+use testkit::cluster::spare::Spare;
+use testkit::scenario::{
+    Event, Scenario, condition, container, is_ready, script_pod, text, waiting_reason,
+};
 
 fn waits_with(reason: &'static str) -> impl Fn(&Event) -> bool {
     move |event| waiting_reason(&event.object, "main") == reason
@@ -50,7 +53,14 @@ fn an_entrypoint_that_does_not_exist() -> Result<()> {
             .to_string()
             .contains("/no/entry")
     })?;
-    ensure!(!testkit::scenario::is_ready(&pod), "{pod}");
+    ensure!(!is_ready(&pod), "{pod}");
+    // Said with the words and the exit code people know.
+    let (pod, _) = scenario.watch_pod("pod", "a second attempt", |event| {
+        let state = &container(&event.object, "main")["lastState"]["terminated"];
+        state["reason"] == "StartError"
+    })?;
+    let last = &container(&pod, "main")["lastState"]["terminated"];
+    ensure!(last["exitCode"] == 128, "{last}");
     Ok(())
 }
 
@@ -149,5 +159,117 @@ fn a_bad_network_configuration_is_named_and_repaired_without_a_restart() -> Resu
         container(&before, "main")["restartCount"] == 0,
         "a running pod was touched"
     );
+    Ok(())
+}
+
+#[test]
+fn a_missing_network_plugin_is_named_and_found_when_it_comes() -> Result<()> {
+    let scenario = Scenario::begin("no-plugin")?;
+    let node = scenario.spare_node(&Spare::default())?;
+    scenario.apply(&script_pod("before", "exec sleep 1000", &node.pin()))?;
+    scenario.ready("before")?;
+    let plugin = node.agent.directory("cni-bin").join("cni-bridge");
+    let away = plugin.with_extension("away");
+    std::fs::rename(&plugin, &away)?;
+    scenario.apply(&script_pod("during", "exec sleep 1000", &node.pin()))?;
+    let message = scenario.event_about("during", "FailedCreatePodSandBox")?;
+    ensure!(message.contains("cni-bridge"), "{message}");
+    std::fs::rename(&away, &plugin)?;
+    scenario.ready("during")?;
+    let before = scenario.json(&["get", "pod", "before"])?;
+    ensure!(is_ready(&before) && container(&before, "main")["restartCount"] == 0);
+    scenario.kubectl(&["delete", "pod", "before", "during"])?;
+    scenario.nothing_left_on(&node.name)
+}
+
+#[test]
+fn a_node_without_network_configuration_says_so_and_keeps_its_pods() -> Result<()> {
+    let scenario = Scenario::begin("no-conflist")?;
+    let node = scenario.spare_node(&Spare::default())?;
+    scenario.apply(&script_pod("before", "exec sleep 1000", &node.pin()))?;
+    scenario.ready("before")?;
+    let file = node.agent.directory("cni-conf").join("10-ferrule.conflist");
+    let away = file.with_extension("away");
+    std::fs::rename(&file, &away)?;
+    let field = format!("metadata.name={}", node.name);
+    let (seen, _) = scenario.watch(
+        &["nodes", "--field-selector", &field],
+        "the node not to be Ready",
+        |event| !condition(&event.object, "Ready"),
+    )?;
+    let conditions = seen["status"]["conditions"].to_string();
+    ensure!(conditions.contains("NetworkPluginNotReady"), "{conditions}");
+    ensure!(scenario.kubectl(&["exec", "before", "--", "echo", "here"])? == "here\n");
+    std::fs::rename(&away, &file)?;
+    scenario.watch(
+        &["nodes", "--field-selector", &field],
+        "the node to be Ready",
+        |event| condition(&event.object, "Ready"),
+    )?;
+    scenario.apply(&script_pod("after", "exec sleep 1000", &node.pin()))?;
+    scenario.ready("after")?;
+    let before = scenario.json(&["get", "pod", "before"])?;
+    ensure!(
+        container(&before, "main")["restartCount"] == 0,
+        "{}",
+        before["status"]
+    );
+    Ok(())
+}
+
+#[test]
+fn a_volume_whose_config_map_is_missing_waits_for_it_by_name() -> Result<()> {
+    let scenario = Scenario::begin("no-volume")?;
+    let extra = "    volumeMounts: [{name: settings, mountPath: /settings}]\n  \
+                 volumes: [{name: settings, configMap: {name: absent}}]\n";
+    scenario.apply(&script_pod(
+        "pod",
+        "cat /settings/word; exec sleep 1000",
+        extra,
+    ))?;
+    let message = scenario.event_about("pod", "FailedMount")?;
+    ensure!(
+        message.contains("absent") && message.contains("settings"),
+        "{message}"
+    );
+    let pod = scenario.json(&["get", "pod", "pod"])?;
+    ensure!(
+        waiting_reason(&pod, "main") == "ContainerCreating",
+        "{}",
+        pod["status"]
+    );
+    scenario.kubectl(&["create", "configmap", "absent", "--from-literal=word=found"])?;
+    scenario.ready("pod")?;
+    ensure!(scenario.kubectl(&["logs", "pod"])? == "found");
+    Ok(())
+}
+
+#[test]
+fn a_memory_limit_nothing_can_run_in_is_named() -> Result<()> {
+    let scenario = Scenario::begin("no-memory")?;
+    let extra = "    resources: {limits: {memory: 4Ki}}\n";
+    scenario.apply(&script_pod("pod", "exec sleep 1000", extra))?;
+    let (pod, _) = scenario.watch_pod("pod", "the start to fail", |event| {
+        let status = container(&event.object, "main");
+        [&status["state"], &status["lastState"]]
+            .iter()
+            .any(|state| {
+                let text = state.to_string();
+                text.contains("memory limit") || text.contains("OOMKilled")
+            })
+    })?;
+    ensure!(!is_ready(&pod), "{}", pod["status"]);
+    Ok(())
+}
+
+#[test]
+fn huge_pages_the_node_does_not_have() -> Result<()> {
+    let scenario = Scenario::begin("no-pages")?;
+    let extra = "    resources: {limits: {hugepages-1Gi: 512Gi, memory: 64Mi, cpu: 10m}}\n  \
+                 nodeName: node-1\n";
+    scenario.apply(&script_pod("pod", "true", extra))?;
+    let pod = scenario.finished("pod")?;
+    let reason = text(&pod, "/status/reason");
+    ensure!(reason == "OutOfhugepages-1Gi", "{}", pod["status"]);
     Ok(())
 }

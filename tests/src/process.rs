@@ -94,6 +94,20 @@ fn parse_stat(stat: &str) -> Option<(char, u64)> {
     Some((state, start_time))
 }
 
+/// Processor time a process has used, from fields 14 and 15 of `/proc/<pid>/stat`; `None` when
+/// there is no such process.
+#[must_use]
+pub fn processor_time(pid: i32) -> Option<Duration> {
+    /// Ticks per second of every Linux this runs on (USER_HZ).
+    const TICKS: u64 = 100;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut fields = rest.split_ascii_whitespace().skip(11);
+    let user: u64 = fields.next()?.parse().ok()?;
+    let system: u64 = fields.next()?.parse().ok()?;
+    Some(Duration::from_millis((user + system) * 1000 / TICKS))
+}
+
 /// Kills and waits; "already gone" is success.
 ///
 /// # Errors

@@ -6,7 +6,8 @@
 
 use crate::cluster::kubectl::Kubectl;
 use crate::cluster::layout::Layout;
-use crate::cluster::{DEFAULT_LAB, Lab, NodeKind, ferrule, node, stock};
+use crate::cluster::spare::Spare;
+use crate::cluster::{DEFAULT_LAB, Lab, NodeKind, controlplane, ferrule, node, stock};
 use crate::process::{self, ProcessIdentity};
 use crate::{command, paths};
 use anyhow::{Context, Result, bail};
@@ -219,12 +220,118 @@ impl Scenario {
         Ok(text(&event, "/message"))
     }
 
+    /// A node of the scenario's own, Ready.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn spare_node(&self, spare: &Spare) -> Result<SpareNode> {
+        let mut lab = Lab::open(&self.layout.name)?;
+        let (name, started) = crate::cluster::spare::add(&mut lab, spare);
+        let node = SpareNode {
+            agent: self.agent(&name),
+            name,
+        };
+        drop(lab);
+        started.map(|()| node)
+    }
+
+    /// Stops apiserver and controller manager, as if their machine were gone.
+    ///
+    /// # Errors
+    /// When one does not die.
+    pub fn stop_control_plane(&self) -> Result<Outage> {
+        let outage = Outage {
+            lab: self.layout.name.clone(),
+            ended: false,
+        };
+        let lab = Lab::open(&self.layout.name)?;
+        for name in ["kube-controller-manager", "kube-apiserver"] {
+            let record = lab.state.processes.get(name);
+            let identity = record.and_then(|record| record.identity);
+            let identity = identity.with_context(|| format!("{name} was never started"))?;
+            process::kill(identity, Duration::from_secs(10))?;
+        }
+        Ok(outage)
+    }
+
+    /// Waits until a node holds nothing of pods that are gone.
+    ///
+    /// # Errors
+    /// When [`LIMIT`] passes first; the message lists what is left.
+    pub fn nothing_left_on(&self, node: &str) -> Result<()> {
+        let look = || {
+            let left = crate::leaks::of_node(&self.layout.name, node)?;
+            anyhow::ensure!(left.is_empty(), "left on {node}:\n{}", left.join("\n"));
+            Ok(())
+        };
+        process::until("nothing to be left", LIMIT, || Ok(()), look)
+    }
+
     /// The agent of a node, to be killed and started.
     #[must_use]
     pub fn agent(&self, node: &str) -> Agent {
         Agent {
             lab: self.layout.name.clone(),
             node: node.to_owned(),
+        }
+    }
+}
+
+/// A control plane that is down; it comes back with this value's end.
+#[derive(Debug)]
+pub struct Outage {
+    lab: String,
+    ended: bool,
+}
+
+impl Outage {
+    /// Starts the control plane and waits until it answers.
+    ///
+    /// # Errors
+    /// When it does not come back.
+    pub fn end(mut self) -> Result<()> {
+        self.ended = true;
+        Self::restore(&self.lab)
+    }
+
+    fn restore(lab: &str) -> Result<()> {
+        controlplane::ensure(&mut Lab::open(lab)?)
+    }
+}
+
+impl Drop for Outage {
+    fn drop(&mut self) {
+        if !self.ended
+            && let Err(error) = Self::restore(&self.lab)
+        {
+            eprintln!("the control plane did not come back: {error:#}");
+        }
+    }
+}
+
+/// A node of a scenario's own; it goes with this value.
+#[derive(Debug)]
+pub struct SpareNode {
+    /// Its agent.
+    pub agent: Agent,
+    /// Its name.
+    pub name: String,
+}
+
+impl SpareNode {
+    /// The words that put a pod on this node.
+    #[must_use]
+    pub fn pin(&self) -> String {
+        format!("  nodeName: {}\n", self.name)
+    }
+}
+
+impl Drop for SpareNode {
+    fn drop(&mut self) {
+        let removed = Lab::open(&self.agent.lab)
+            .and_then(|mut lab| crate::cluster::spare::remove(&mut lab, &self.name));
+        if let Err(error) = removed {
+            eprintln!("{} was not removed: {error:#}", self.name);
         }
     }
 }
@@ -395,6 +502,64 @@ impl Agent {
         command::stdout(&mut node::enter(holder, &args))
     }
 
+    /// A path inside the node as the machine sees it, mounts of the node included.
+    ///
+    /// # Errors
+    /// When the node is not up.
+    pub fn inside(&self, path: &str) -> Result<std::path::PathBuf> {
+        let lab = Lab::open(&self.lab)?;
+        let holder = node::existing(&lab, &self.node)?.holder;
+        Ok(format!("/proc/{holder}/root{path}").into())
+    }
+
+    /// Its cgroup in every hierarchy.
+    ///
+    /// # Errors
+    /// When the node is not up.
+    pub fn cgroups(&self) -> Result<Vec<std::path::PathBuf>> {
+        let lab = Lab::open(&self.lab)?;
+        Ok(node::existing(&lab, &self.node)?.cgroups)
+    }
+
+    /// Whether it runs.
+    ///
+    /// # Errors
+    /// When it was never started.
+    pub fn is_alive(&self) -> Result<bool> {
+        Ok(self.identity(&Lab::open(&self.lab)?)?.is_alive())
+    }
+
+    /// Processor time it has used since it was started.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn processor_time(&self) -> Result<Duration> {
+        let pid = self.identity(&Lab::open(&self.lab)?)?.pid;
+        process::processor_time(pid).with_context(|| format!("the agent of {} is gone", self.node))
+    }
+
+    /// How long its log is now, to read from there with [`Agent::log_since`].
+    #[must_use]
+    pub fn log_mark(&self) -> u64 {
+        std::fs::metadata(self.log_file()).map_or(0, |meta| meta.len())
+    }
+
+    /// What it has logged since a mark.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn log_since(&self, mark: u64) -> Result<String> {
+        let file = self.log_file();
+        let text = std::fs::read(&file).with_context(|| format!("read {}", file.display()))?;
+        let from = usize::try_from(mark).unwrap_or(usize::MAX).min(text.len());
+        Ok(String::from_utf8_lossy(&text[from..]).into_owned())
+    }
+
+    fn log_file(&self) -> std::path::PathBuf {
+        let logs = paths::labs().join(&self.lab).join("logs");
+        logs.join(format!("{}-kubelet.log", self.node))
+    }
+
     /// A directory of the node as the machine sees it, such as `kubelet` or `cni-conf`.
     #[must_use]
     pub fn directory(&self, name: &str) -> std::path::PathBuf {
@@ -434,6 +599,19 @@ pub fn condition(object: &Value, kind: &str) -> bool {
         .into_iter()
         .flatten()
         .any(|condition| condition["type"] == kind && condition["status"] == "True")
+}
+
+/// Since when a condition of a pod or node is as it is.
+#[must_use]
+pub fn condition_since(object: &Value, kind: &str) -> String {
+    let conditions = object
+        .pointer("/status/conditions")
+        .and_then(Value::as_array);
+    let found = conditions
+        .into_iter()
+        .flatten()
+        .find(|condition| condition["type"] == kind);
+    found.map_or_else(String::new, |found| text(found, "/lastTransitionTime"))
 }
 
 /// Whether a pod is Ready.

@@ -23,6 +23,7 @@ pub mod network;
 pub mod node;
 pub mod pki;
 pub mod sample;
+pub mod spare;
 pub mod state;
 pub mod stock;
 mod surplus;

@@ -18,7 +18,8 @@ use std::time::Duration;
 /// overlay, so that nothing a node writes reaches the machine; real directories, which overlays of
 /// containers need, bound over the places where kubelets and runtimes keep their state; `/sys` of
 /// the node's own network namespace; and all of it shared from here on, as on a real node, so that
-/// mounts can propagate into containers.
+/// mounts can propagate into containers. A node with a disk of a given size has what kubelet and
+/// runtime write on a tmpfs of that size, which can be filled without harm to anybody else.
 const PREPARE_MOUNTS: &str = r#"
 set -eu
 dir=$1
@@ -28,18 +29,26 @@ for top in /etc /opt /var; do
         "lowerdir=$top,upperdir=$dir/overlay$top/upper,workdir=$dir/overlay$top/work" "$top"
 done
 mount -t tmpfs -o mode=755 tmpfs /run
-while read -r name place; do
-    mkdir -p "$dir/$name" "$place"
-    mount --bind "$dir/$name" "$place"
+disk=$dir
+if [ -n "$6" ]; then
+    mkdir -p "$dir/disk"
+    mount -t tmpfs -o "mode=755,size=$6" disk "$dir/disk"
+    disk=$dir/disk
+fi
+while read -r name place on; do
+    from=$dir/$name
+    if [ "$on" = disk ]; then from=$disk/$name; fi
+    mkdir -p "$from" "$place"
+    mount --bind "$from" "$place"
 done <<'END'
 kubernetes /etc/kubernetes
 cni-conf /etc/cni/net.d
 cni-bin /opt/cni/bin
-kubelet /var/lib/kubelet
-ferrule /var/lib/ferrule
+kubelet /var/lib/kubelet disk
+ferrule /var/lib/ferrule disk
 cni /var/lib/cni
 containerd /var/lib/containerd
-pod-logs /var/log/pods
+pod-logs /var/log/pods disk
 tmp /tmp
 END
 chmod 1777 /tmp
@@ -117,6 +126,7 @@ pub fn ensure(
         kind,
         holder: None,
         pod_network: None,
+        disk_bytes: None,
     };
     lab.state.nodes.entry(name.clone()).or_insert(record);
     lab.save()?;
@@ -186,7 +196,9 @@ fn ensure_namespaces(lab: &mut Lab, name: &str, number: usize) -> Result<NodeCon
         &control,
         &address,
     ]);
+    let disk = lab.state.nodes.get(name).and_then(|node| node.disk_bytes);
     prepare.arg(&lab.layout.name);
+    prepare.arg(disk.map_or_else(String::new, |bytes| bytes.to_string()));
     stdout(&mut prepare).with_context(|| format!("prepare the file system of {name}"))?;
     if let Some(node) = lab.state.nodes.get_mut(name) {
         node.holder = Some(holder);

@@ -48,6 +48,9 @@ pub struct NodeRecord {
     pub holder: Option<ProcessIdentity>,
     /// The pods' network the controller manager gave it.
     pub pod_network: Option<String>,
+    /// Size of a disk of its own; without one it shares the machine's.
+    #[serde(default)]
+    pub disk_bytes: Option<u64>,
 }
 
 /// The whole record.

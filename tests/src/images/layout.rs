@@ -157,7 +157,8 @@ pub(super) fn image(layers: Vec<Blob>, run: &Run<'_>) -> Image {
 }
 
 /// `sha256:` and hex.
-pub(super) fn digest(bytes: &[u8]) -> String {
+#[must_use]
+pub fn digest(bytes: &[u8]) -> String {
     text(&Sha256::digest(bytes))
 }
 

@@ -9,7 +9,10 @@ mod layer;
 mod layout;
 mod programs;
 mod push;
+
 mod recipes;
+
+pub use layout::digest;
 
 use crate::packages::{self, Need};
 use anyhow::{Context, Result};

@@ -1,0 +1,140 @@
+//! A node that one scenario adds to a lab for what it does to nodes, and takes away again.
+//!
+//! It is tainted, so that only pods that name it land there, and numbered from [`FIRST`], so that
+//! `up` never meets it.
+
+use super::layout::{Layout, MAX_NODES};
+use super::node::{self, NodeContext};
+use super::state::{NodeKind, NodeRecord};
+use super::{Lab, cgroup, down, ferrule, join_network, network, pki, wait_node_ready};
+use crate::artefacts::ours::Programs;
+use anyhow::{Context, Result};
+use std::fs;
+
+/// Number of the first such node.
+pub const FIRST: usize = 90;
+
+/// What the node shall be like.
+#[derive(Debug, Clone, Default)]
+pub struct Spare {
+    /// Size of a disk of its own for what kubelet and runtime write.
+    pub disk_bytes: Option<u64>,
+    /// Lines of its KubeletConfiguration to replace, from and to.
+    pub configuration: Vec<(&'static str, String)>,
+    /// Further top-level fields of its KubeletConfiguration.
+    pub extra: String,
+    /// Lines of the runtime's configuration to replace, from and to.
+    pub runtime: Vec<(&'static str, String)>,
+}
+
+/// Adds a node and waits until it is Ready. Its name comes with a failure too: what was made until
+/// then is [`remove`]'s to take away.
+pub fn add(lab: &mut Lab, spare: &Spare) -> (String, Result<()>) {
+    let taken = |number: &usize| lab.state.nodes.contains_key(&Layout::node_name(*number));
+    let number = (FIRST..MAX_NODES).find(|number| !taken(number));
+    let number = number.unwrap_or(MAX_NODES);
+    let name = Layout::node_name(number);
+    let added = add_as(lab, number, &name, spare);
+    (name, added)
+}
+
+fn add_as(lab: &mut Lab, number: usize, name: &str, spare: &Spare) -> Result<()> {
+    let record = NodeRecord {
+        number,
+        kind: NodeKind::Ferrule,
+        holder: None,
+        pod_network: None,
+        disk_bytes: spare.disk_bytes,
+    };
+    lab.state.nodes.insert(name.to_owned(), record);
+    lab.save()?;
+    lab.ours = Some(installed_programs(lab)?);
+    let authorities = pki::ensure_control_plane(&lab.layout)?;
+    node::ensure(lab, &authorities, number, NodeKind::Ferrule, false)?;
+    configure(lab, name, spare)?;
+    let context = node::existing(lab, name)?;
+    start(lab, &context)
+}
+
+/// The programs that the lab's first node runs.
+fn installed_programs(lab: &Lab) -> Result<Programs> {
+    let first = lab.layout.node_dir(&Layout::node_name(1));
+    let programs = Programs {
+        kubelet: first.join("bin/kubelet"),
+        pod_shim: first.join("bin/pod-shim"),
+        cni_bridge: first.join("cni-bin/cni-bridge"),
+    };
+    for program in [&programs.kubelet, &programs.pod_shim, &programs.cni_bridge] {
+        anyhow::ensure!(program.is_file(), "there is no {}", program.display());
+    }
+    Ok(programs)
+}
+
+fn configure(lab: &Lab, name: &str, spare: &Spare) -> Result<()> {
+    let dir = lab.layout.node_dir(name).join("kubernetes");
+    let taint = "registerWithTaints: [{key: scenario, value: own, effect: NoSchedule}]\n";
+    let extra = format!("{taint}{}", spare.extra);
+    let text = node::kubelet_configuration(&lab.layout, name, &extra);
+    let text = changed(text, &spare.configuration)?;
+    node::write_changed(&dir.join("kubelet.yaml"), &text, 0o644)?;
+    let file = dir.join("ferrule.yaml");
+    let text = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
+    node::write_changed(&file, &changed(text, &spare.runtime)?, 0o644)
+}
+
+fn changed(mut text: String, changes: &[(&'static str, String)]) -> Result<String> {
+    for (from, to) in changes {
+        anyhow::ensure!(text.contains(from), "the configuration has no {from:?}");
+        text = text.replace(from, to);
+    }
+    Ok(text)
+}
+
+fn start(lab: &mut Lab, context: &NodeContext) -> Result<()> {
+    ferrule::start(lab, context)?;
+    join_network(lab, &context.name)?;
+    network::ensure_routes(&lab.layout, &lab.sites())?;
+    wait_node_ready(lab, &context.name)
+}
+
+/// Takes such a node away with all that was made for it; "already gone" is success.
+///
+/// # Errors
+/// When something cannot be removed.
+pub fn remove(lab: &mut Lab, name: &str) -> Result<()> {
+    let Some(record) = lab.state.nodes.get(name).cloned() else {
+        return Ok(());
+    };
+    anyhow::ensure!(
+        record.number >= FIRST,
+        "{name} is not a scenario's own node"
+    );
+    let pods = [
+        "delete",
+        "pods",
+        "--all-namespaces",
+        "--force",
+        "--grace-period=0",
+    ];
+    let mut pods = pods.map(str::to_owned).to_vec();
+    pods.push(format!("--field-selector=spec.nodeName={name}"));
+    let pods: Vec<&str> = pods.iter().map(String::as_str).collect();
+    lab.kubectl.run(&pods)?;
+    lab.kubectl
+        .run(&["delete", "node", name, "--ignore-not-found"])?;
+    node::remove_processes(lab, name)?;
+    network::remove_node(&lab.layout, record.number)?;
+    for dir in cgroup::existing(Some(&lab.layout.name)) {
+        let dir = dir.join(name);
+        if dir.exists() {
+            cgroup::remove_tree(&dir)?;
+        }
+    }
+    down::remove_directory(&lab.layout.node_dir(name))?;
+    let below = format!("{name}/");
+    lab.state
+        .processes
+        .retain(|process, _| !process.starts_with(&below));
+    lab.state.nodes.remove(name);
+    lab.save()
+}
