@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::events::{EventPace, EventSink};
 use crate::images::ImagePuller;
 use crate::images::gc::{ImageGc, Policy};
+use crate::images::provider::{ProviderConfigError, Providers};
 use crate::launch::{LaunchContext, dns, qos};
 use crate::metrics;
 use crate::node::{Node, NodeHandle, machine};
@@ -91,6 +92,9 @@ pub enum AgentError {
     /// Ids for pods' user namespaces.
     #[error("{0}")]
     UserNamespaces(String),
+    /// The programs that give credentials for images.
+    #[error(transparent)]
+    Credentials(#[from] ProviderConfigError),
     /// A listener.
     #[error("serve {what}: {message}")]
     Serve {
@@ -262,6 +266,8 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             })
             .map_err(|e| AgentError::UserNamespaces(e.to_string()))?;
         let kept = volumes.clone();
+        let images = ImagePuller::new(self.runtime.clone(), events.clone(), &self.config.images)
+            .with_providers(self.credential_providers()?);
         let environment = Arc::new(NodeEnvironment {
             runtime: self.runtime.clone(),
             context,
@@ -269,11 +275,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             objects: objects.clone(),
             volumes,
             events: events.clone(),
-            images: Arc::new(ImagePuller::new(
-                self.runtime.clone(),
-                events.clone(),
-                &self.config.images,
-            )),
+            images: Arc::new(images),
             client: NodeClient(client.clone()),
             burstable: Burstable::default(),
             user_namespaces,
@@ -375,6 +377,14 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         if config.static_pod_path.as_os_str().is_empty() {
             looked.cancel();
         }
+    }
+
+    /// The programs that give credentials for images.
+    fn credential_providers(&self) -> Result<Providers, AgentError> {
+        let Some((config, programs)) = &self.config.images.credential_providers else {
+            return Ok(Providers::default());
+        };
+        Ok(Providers::load(config, programs)?)
     }
 
     /// Serves until stopped, or until a listener fails.

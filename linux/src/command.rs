@@ -23,6 +23,8 @@ const BUSY_ATTEMPTS: u32 = 5;
 pub struct ShortCommand {
     /// Absolute path of the program.
     pub program: PathBuf,
+    /// Its arguments, without its name.
+    pub args: Vec<OsString>,
     /// Its whole environment.
     pub env: Vec<(OsString, OsString)>,
     /// What it reads from standard input.
@@ -103,6 +105,7 @@ impl ShortCommand {
         let mut attempt = 1;
         loop {
             let started = Command::new(&self.program)
+                .args(&self.args)
                 .env_clear()
                 .envs(self.env.iter().map(|(key, value)| (key, value)))
                 .stdin(Stdio::piped())
@@ -317,6 +320,7 @@ mod tests {
         std::fs::rename(&staged, &dir).unwrap();
         let outcome = ShortCommand {
             program: dir.clone(),
+            args: Vec::new(),
             env: vec![("PATH".into(), "/usr/bin:/bin".into())],
             stdin: stdin.to_vec(),
             max_output_bytes: 1 << 20,

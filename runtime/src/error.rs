@@ -60,7 +60,14 @@ impl From<CgroupError> for RuntimeError {
                 RuntimeErrorKind::System
             }
         };
-        error(kind, chain(&e))
+        let mut message = chain(&e);
+        if let CgroupError::Io { source, .. } = &e
+            && source.kind() == std::io::ErrorKind::OutOfMemory
+        {
+            // A cgroup's own bookkeeping is charged to the one above it.
+            message.push_str(" (memory limit too low?)");
+        }
+        error(kind, message)
     }
 }
 

@@ -2,8 +2,9 @@
 
 use anyhow::{Result, ensure};
 use testkit::cluster::spare::Spare;
+use testkit::process::until;
 use testkit::scenario::{
-    Event, Scenario, condition, container, is_ready, script_pod, text, waiting_reason,
+    Event, LIMIT, Scenario, condition, container, is_ready, script_pod, text, waiting_reason,
 };
 
 fn waits_with(reason: &'static str) -> impl Fn(&Event) -> bool {
@@ -240,8 +241,12 @@ fn a_volume_whose_config_map_is_missing_waits_for_it_by_name() -> Result<()> {
     );
     scenario.kubectl(&["create", "configmap", "absent", "--from-literal=word=found"])?;
     scenario.ready("pod")?;
-    ensure!(scenario.kubectl(&["logs", "pod"])? == "found");
-    Ok(())
+    let found = || {
+        let logs = scenario.kubectl(&["logs", "pod"])?;
+        ensure!(logs == "found", "{logs:?}");
+        Ok(())
+    };
+    until("the file to be read", LIMIT, || Ok(()), found)
 }
 
 #[test]
@@ -250,13 +255,8 @@ fn a_memory_limit_nothing_can_run_in_is_named() -> Result<()> {
     let extra = "    resources: {limits: {memory: 4Ki}}\n";
     scenario.apply(&script_pod("pod", "exec sleep 1000", extra))?;
     let (pod, _) = scenario.watch_pod("pod", "the start to fail", |event| {
-        let status = container(&event.object, "main");
-        [&status["state"], &status["lastState"]]
-            .iter()
-            .any(|state| {
-                let text = state.to_string();
-                text.contains("memory limit") || text.contains("OOMKilled")
-            })
+        let status = container(&event.object, "main").to_string();
+        status.contains("memory limit too low") || status.contains("OOMKilled")
     })?;
     ensure!(!is_ready(&pod), "{}", pod["status"]);
     Ok(())

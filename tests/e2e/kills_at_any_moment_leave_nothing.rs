@@ -66,13 +66,14 @@ fn a_shim_and_the_agent_killed_together_leave_a_pod_that_comes_back() -> Result<
 
 /// The shim of a pod, found by its sandbox's record.
 fn shim_of(scenario: &Scenario, node: &str, uid: &str) -> Result<process::ProcessIdentity> {
-    let owner = format!("{}/{node}", scenario.layout.name);
-    let records = scenario.agent(node).inside("/var/lib/ferrule/sandboxes")?;
-    let found = process::owned().into_iter().find(|(process, name)| {
-        let record = leaks::sandbox_of_shim(process.pid)
-            .and_then(|id| std::fs::read_to_string(records.join(id).join("sandbox.json")).ok());
-        *name == owner && record.is_some_and(|record| record.contains(uid))
-    });
+    let agent = scenario.agent(node);
+    let records = agent.inside("/var/lib/ferrule/sandboxes")?;
+    let found = leaks::shims_of_node(&agent.cgroups()?)
+        .into_iter()
+        .find(|(_, id)| {
+            let record = std::fs::read_to_string(records.join(id).join("sandbox.json"));
+            record.is_ok_and(|record| record.contains(uid))
+        });
     Ok(found.with_context(|| format!("pod {uid} has no shim"))?.0)
 }
 

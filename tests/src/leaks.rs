@@ -28,7 +28,7 @@ pub fn of_node(lab: &str, name: &str) -> Result<Vec<String>> {
     directories(&root, &pods, &mut found);
     cgroups(&context.cgroups, &pods, &mut found);
     mounts(context.holder, &pods, &sandboxes, &mut found)?;
-    shims(&format!("{lab}/{name}"), &sandboxes, &mut found);
+    shims(&context.cgroups, &sandboxes, &mut found);
     links(context.holder, sandboxes.len(), &mut found);
     found.sort();
     found.dedup();
@@ -147,20 +147,28 @@ fn mounts(
 }
 
 /// Shims carry their sandbox's directory on their command line.
-fn shims(owner: &str, sandboxes: &BTreeMap<String, String>, found: &mut Vec<String>) {
-    for (process, _) in process::owned()
-        .into_iter()
-        .filter(|(_, name)| name == owner)
-    {
-        if let Some(id) = sandbox_of_shim(process.pid).filter(|id| !sandboxes.contains_key(id)) {
+fn shims(hierarchies: &[PathBuf], sandboxes: &BTreeMap<String, String>, found: &mut Vec<String>) {
+    for (process, id) in shims_of_node(hierarchies) {
+        if !sandboxes.contains_key(&id) {
             found.push(format!("shim {} of sandbox {id}", process.pid));
         }
     }
 }
 
-/// The sandbox whose shim this process is.
+/// All shims of a node, with their sandboxes.
 #[must_use]
-pub fn sandbox_of_shim(pid: i32) -> Option<String> {
+pub fn shims_of_node(hierarchies: &[PathBuf]) -> Vec<(process::ProcessIdentity, String)> {
+    let all: BTreeSet<_> = hierarchies
+        .iter()
+        .flat_map(|dir| cgroup::processes(dir))
+        .collect();
+    all.into_iter()
+        .filter_map(|process| Some((process, sandbox_of_shim(process.pid)?)))
+        .collect()
+}
+
+/// The sandbox whose shim this process is.
+fn sandbox_of_shim(pid: i32) -> Option<String> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let line = String::from_utf8_lossy(&line).into_owned();
     let words = line.split('\0').filter(|word| word.contains("/sandboxes/"));

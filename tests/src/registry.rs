@@ -179,6 +179,8 @@ fn layer(marker: &str, bytes: usize) -> Result<Vec<u8>> {
     for (path, content) in [("marker", marker.as_bytes()), ("noise", noise.as_slice())] {
         let mut header = tar::Header::new_gnu();
         header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
         header.set_size(content.len() as u64);
         out.append_data(&mut header, path, content)?;
     }
@@ -228,6 +230,8 @@ fn answer(shared: &Shared, mut stream: TcpStream) -> std::io::Result<()> {
     }
     let mut words = request.split(' ');
     let (method, path) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
+    // Whoever asks a mirror names the registry it stands for in a query.
+    let path = path.split('?').next().unwrap_or_default();
     let name = path.rsplit('/').next().unwrap_or_default();
     let manner = *lock(&shared.manner);
     let whole = method == "GET";

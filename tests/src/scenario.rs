@@ -173,6 +173,12 @@ impl Scenario {
             }
             last = event.object;
         }
+        // What the object is like, not who wrote which field of it.
+        for noise in ["/metadata/managedFields", "/metadata/annotations"] {
+            if let Some(value) = last.pointer_mut(noise) {
+                value.take();
+            }
+        }
         bail!("waited {:?} for {what}; last seen: {last}", start.elapsed())
     }
 

@@ -161,6 +161,7 @@ impl Chain<'_> {
     ) -> Result<Vec<u8>, InvokeError> {
         let command = ShortCommand {
             program: self.find(verb, plugin)?,
+            args: Vec::new(),
             env: environment(verb, attachment, self.bin_dirs),
             stdin: Value::Object(input).to_string().into_bytes(),
             max_output_bytes: MAX_OUTPUT_BYTES,

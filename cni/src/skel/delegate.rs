@@ -36,6 +36,7 @@ pub fn delegate(input: &Input<'_>, kind: &str, verb: Verb) -> Result<Vec<u8>, Cn
     };
     let command = ShortCommand {
         program,
+        args: Vec::new(),
         env: input
             .environment
             .clone()

@@ -40,6 +40,10 @@ pub struct Flags {
     pub cloud_provider: Option<String>,
     /// `--shim-path`.
     pub shim_path: Option<PathBuf>,
+    /// `--image-credential-provider-config`.
+    pub credential_provider_config: Option<PathBuf>,
+    /// `--image-credential-provider-bin-dir`.
+    pub credential_provider_bin_dir: Option<PathBuf>,
     /// `-v`.
     pub verbosity: Option<u8>,
     /// Fields set by flags, in the shape of the file.
@@ -72,8 +76,6 @@ const IGNORED: &[(&str, bool)] = &[
     ("maximum-dead-containers", false),
     ("experimental-mounter-path", false),
     ("experimental-allocatable-ignore-eviction", true),
-    ("image-credential-provider-config", false),
-    ("image-credential-provider-bin-dir", false),
     ("network-plugin", false),
     ("logtostderr", true),
     ("alsologtostderr", true),
@@ -155,6 +157,14 @@ pub fn add_to(command: Command) -> Command {
             "shim-path",
             "The pod-shim program [default: beside this one]",
         ))
+        .arg(path(
+            "image-credential-provider-config",
+            "Which programs give credentials for which images (CredentialProviderConfig)",
+        ))
+        .arg(path(
+            "image-credential-provider-bin-dir",
+            "Directory of those programs",
+        ))
         .arg(text(
             "hostname-override",
             "NAME",
@@ -221,6 +231,8 @@ pub fn read(matches: &ArgMatches) -> Result<Flags, FlagError> {
         root_dir: path("root-dir"),
         cert_dir: path("cert-dir"),
         shim_path: path("shim-path"),
+        credential_provider_config: path("image-credential-provider-config"),
+        credential_provider_bin_dir: path("image-credential-provider-bin-dir"),
         hostname_override: get("hostname-override"),
         cloud_provider: get("cloud-provider").filter(|p| !p.is_empty()),
         verbosity: matches.get_one::<u8>("v").copied(),

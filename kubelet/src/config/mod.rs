@@ -115,6 +115,8 @@ pub struct ImageSettings {
     pub insecure: Vec<String>,
     /// A registry that has mirrors is never asked itself.
     pub only_mirrors: bool,
+    /// Configuration of programs that give credentials, and the directory they are in.
+    pub credential_providers: Option<(PathBuf, PathBuf)>,
 }
 
 /// A threshold such as `100Mi` or `10%`.

@@ -133,7 +133,13 @@ pub fn resolve(
         );
     }
     let server = server(&kubelet, &mut problems);
-    let images = images(&kubelet, &runtime, &mut problems);
+    let mut images = images(&kubelet, &runtime, &mut problems);
+    let (providers, programs) = (
+        flags.credential_provider_config.clone(),
+        flags.credential_provider_bin_dir.clone(),
+    );
+    // One without the other means nothing, as with the stock kubelet.
+    images.credential_providers = providers.zip(programs);
     let evictions = evictions(&kubelet, &mut problems);
     let (update, report) = status_frequencies(&kubelet);
     let config = Config {
@@ -464,6 +470,7 @@ fn images(tree: &Tree<'_>, runtime: &Tree<'_>, problems: &mut Vec<Problem>) -> I
             .collect(),
         insecure: runtime.texts("registries.insecure"),
         only_mirrors: runtime.bool("registries.onlyMirrors", false),
+        credential_providers: None,
     }
 }
 

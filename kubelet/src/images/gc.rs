@@ -213,6 +213,10 @@ impl<R: RuntimeService + ImageService> ImageGc<R> {
                 _ = timer.tick() => {}
             }
             let result = self.collect().await;
+            if result.is_err() {
+                // Images that were too young by now may help, before the next look is due.
+                timer.reset_after(self.policy.min_age.clamp(SETTLE, PERIOD));
+            }
             self.tell(result);
         }
     }

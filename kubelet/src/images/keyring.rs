@@ -75,6 +75,15 @@ impl Keyring {
                 }
             }
         }
+        Self::sorted(entries)
+    }
+
+    /// Takes locations with their credentials as they are.
+    pub fn of(entries: impl Iterator<Item = (String, RegistryAuth)>) -> Self {
+        Self::sorted(entries.map(|(at, auth)| (key(&at), auth)).collect())
+    }
+
+    fn sorted(mut entries: Vec<(String, RegistryAuth)>) -> Self {
         // The longer of two that fit must come first.
         entries.sort_by(|(a, _), (b, _)| b.cmp(a));
         Self { entries }
@@ -117,7 +126,7 @@ fn key(location: &str) -> String {
 
 /// Whether credentials for `key` are meant for `repository`: equal ports, as many labels of the
 /// host each matching (`*` within a label), the path a prefix.
-fn fits(key: &str, repository: &str) -> bool {
+pub(super) fn fits(key: &str, repository: &str) -> bool {
     let split = |text: &str| {
         let (host, path) = text.split_once('/').unwrap_or((text, ""));
         let (host, port) = host.split_once(':').unwrap_or((host, ""));

@@ -14,6 +14,7 @@ mod backoff;
 pub mod gc;
 mod keyring;
 mod pace;
+pub mod provider;
 
 pub use keyring::Keyring;
 
@@ -23,6 +24,7 @@ use crate::metrics;
 use backoff::BackOff;
 use k8s_openapi::api::core::v1::{Pod, Secret};
 use pace::Pace;
+use provider::Providers;
 use runtime::image::reference;
 use runtime::service::{ImageService, ImageStatus};
 use std::sync::Arc;
@@ -119,17 +121,26 @@ pub struct ImagePuller<R> {
     events: EventSink,
     backoff: BackOff,
     pace: Pace,
+    providers: Providers,
 }
 
 impl<R: ImageService> ImagePuller<R> {
-    /// A puller for this runtime.
+    /// A puller for this runtime that knows no credentials but those of pull secrets.
     pub fn new(runtime: Arc<R>, events: EventSink, settings: &ImageSettings) -> Self {
         Self {
             runtime,
             events,
             backoff: BackOff::default(),
             pace: Pace::new(settings),
+            providers: Providers::default(),
         }
+    }
+
+    /// Also asks these programs for credentials, after pull secrets.
+    #[must_use]
+    pub fn with_providers(mut self, providers: Providers) -> Self {
+        self.providers = providers;
+        self
     }
 
     /// Has the container's image there as its pull policy wants.
@@ -222,9 +233,11 @@ impl<R: ImageService> ImagePuller<R> {
         );
         let asked = Instant::now();
         let keyring = Keyring::new(request.secrets.iter().map(AsRef::as_ref));
+        let mut credentials = keyring.lookup(repository);
+        credentials.extend(self.providers.lookup(repository).await);
         let _slot = self.pace.enter(image).await;
         let started = Instant::now();
-        match self.runtime.pull(image, &keyring.lookup(repository)).await {
+        match self.runtime.pull(image, &credentials).await {
             Ok(status) => {
                 self.backoff.forget(uid, image);
                 let (own, all) = (started.elapsed(), asked.elapsed());

@@ -88,6 +88,7 @@ fn settings(parallel: usize) -> ImageSettings {
         mirrors: BTreeMap::new(),
         insecure: Vec::new(),
         only_mirrors: false,
+        credential_providers: None,
     }
 }
 

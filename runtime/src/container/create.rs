@@ -14,9 +14,7 @@ use crate::service::{
     RuntimeErrorKind, RuntimeEventKind, SandboxId,
 };
 use crate::shim_client::ShimClientError;
-use pod_shim::protocol::{
-    DeviceSpec, LaunchSpec, MountSource, MountSpec, Reply, Request, ShimErrorKind,
-};
+use pod_shim::protocol::{DeviceSpec, LaunchSpec, MountSource, MountSpec, Reply, Request};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -397,16 +395,11 @@ async fn start_failed(
     container: &Arc<Container>,
     refusal: ShimClientError,
 ) -> RuntimeError {
-    let ShimClientError::Refused(why) = &refusal else {
+    if !matches!(refusal, ShimClientError::Refused(_)) {
         return refusal.into();
-    };
-    let exit_code = match why.kind {
-        ShimErrorKind::CommandNotExecutable => 126,
-        ShimErrorKind::CommandNotFound => 127,
-        ShimErrorKind::BadRequest | ShimErrorKind::NotFound | ShimErrorKind::System => 128,
-    };
+    }
     let message = chain(&refusal);
-    let exit = Exit::start_error(now_ns(), exit_code, &message);
+    let exit = Exit::start_error(now_ns(), &message);
     let record = container.change(|r| {
         r.phase = Phase::Exited(exit);
         r.clone()

@@ -75,13 +75,14 @@ impl Exit {
         }
     }
 
-    /// Of a container that could not be started.
+    /// Of a container that could not be started, whatever for: the code people know from the
+    /// stock runtime.
     #[must_use]
-    pub fn start_error(now_ns: i64, exit_code: i32, message: &str) -> Self {
+    pub fn start_error(now_ns: i64, message: &str) -> Self {
         Self {
             started_at_ns: 0,
             finished_at_ns: now_ns,
-            exit_code,
+            exit_code: 128,
             signal: None,
             reason: "StartError".to_owned(),
             message: message.to_owned(),

@@ -333,9 +333,10 @@ fn meta<R: Read>(entry: &mut tar::Entry<'_, R>) -> Result<Meta, UnpackError> {
             ))
         })
     };
-    let uid = id(header.uid())?;
-    let gid = id(header.gid())?;
-    let mode = header.mode().map_err(UnpackError::Archive)? & 0o7777;
+    let fields = header.as_old();
+    let uid = id(filled(&fields.uid, header.uid()))?;
+    let gid = id(filled(&fields.gid, header.gid()))?;
+    let mode = filled(&fields.mode, header.mode()).map_err(UnpackError::Archive)? & 0o7777;
     let mut mtime = Timespec {
         tv_sec: header.mtime().unwrap_or(0).cast_signed().max(0),
         tv_nsec: 0,
@@ -365,6 +366,12 @@ fn meta<R: Read>(entry: &mut tar::Entry<'_, R>) -> Result<Meta, UnpackError> {
         times,
         xattrs,
     })
+}
+
+/// A number, 0 when its field was left empty: some writers do, and others read it so.
+fn filled<T: Default>(field: &[u8], read: io::Result<T>) -> io::Result<T> {
+    let empty = field.iter().all(|b| matches!(b, 0 | b' '));
+    if empty { Ok(T::default()) } else { read }
 }
 
 /// `trusted.overlay.*` would let an archive redirect into other layers; labels of a security

@@ -278,7 +278,7 @@ impl Lab {
         nodes
             .filter_map(|node| {
                 Some(Site {
-                    holder: node.holder?.pid,
+                    holder: node.holder.filter(|holder| holder.is_alive())?.pid,
                     address: self.layout.node_address(node.number),
                     pod_network: node.pod_network.clone()?,
                 })

@@ -6,7 +6,7 @@
 use super::layout::{Layout, MAX_NODES};
 use super::node::{self, NodeContext};
 use super::state::{NodeKind, NodeRecord};
-use super::{Lab, cgroup, down, ferrule, join_network, network, pki, wait_node_ready};
+use super::{Lab, ferrule, join_network, network, pki, surplus, wait_node_ready};
 use crate::artefacts::ours::Programs;
 use anyhow::{Context, Result};
 use std::fs;
@@ -38,7 +38,25 @@ pub fn add(lab: &mut Lab, spare: &Spare) -> (String, Result<()>) {
     (name, added)
 }
 
+/// Nodes whose scenario was killed.
+fn remove_abandoned(lab: &mut Lab) -> Result<()> {
+    let abandoned = |record: &&NodeRecord| {
+        record.number >= FIRST && !record.holder.is_some_and(|holder| holder.is_alive())
+    };
+    let numbers: Vec<usize> = lab
+        .state
+        .nodes
+        .values()
+        .filter(abandoned)
+        .map(|record| record.number)
+        .collect();
+    numbers
+        .into_iter()
+        .try_for_each(|number| remove(lab, &Layout::node_name(number)))
+}
+
 fn add_as(lab: &mut Lab, number: usize, name: &str, spare: &Spare) -> Result<()> {
+    remove_abandoned(lab)?;
     let record = NodeRecord {
         number,
         kind: NodeKind::Ferrule,
@@ -109,32 +127,5 @@ pub fn remove(lab: &mut Lab, name: &str) -> Result<()> {
         record.number >= FIRST,
         "{name} is not a scenario's own node"
     );
-    let pods = [
-        "delete",
-        "pods",
-        "--all-namespaces",
-        "--force",
-        "--grace-period=0",
-    ];
-    let mut pods = pods.map(str::to_owned).to_vec();
-    pods.push(format!("--field-selector=spec.nodeName={name}"));
-    let pods: Vec<&str> = pods.iter().map(String::as_str).collect();
-    lab.kubectl.run(&pods)?;
-    lab.kubectl
-        .run(&["delete", "node", name, "--ignore-not-found"])?;
-    node::remove_processes(lab, name)?;
-    network::remove_node(&lab.layout, record.number)?;
-    for dir in cgroup::existing(Some(&lab.layout.name)) {
-        let dir = dir.join(name);
-        if dir.exists() {
-            cgroup::remove_tree(&dir)?;
-        }
-    }
-    down::remove_directory(&lab.layout.node_dir(name))?;
-    let below = format!("{name}/");
-    lab.state
-        .processes
-        .retain(|process, _| !process.starts_with(&below));
-    lab.state.nodes.remove(name);
-    lab.save()
+    surplus::remove_node(lab, name, record.number)
 }

@@ -10,7 +10,8 @@ use anyhow::Result;
 pub(super) fn remove(lab: &mut Lab, wanted: usize) -> Result<()> {
     let nodes = lab.state.nodes.iter();
     let surplus: Vec<(String, usize)> = nodes
-        .filter(|(_, record)| record.number > wanted)
+        // A scenario's own node is the scenario's to remove.
+        .filter(|(_, record)| record.number > wanted && record.number < super::spare::FIRST)
         .map(|(name, record)| (name.clone(), record.number))
         .collect();
     for (name, number) in surplus {
@@ -21,7 +22,8 @@ pub(super) fn remove(lab: &mut Lab, wanted: usize) -> Result<()> {
     Ok(())
 }
 
-fn remove_node(lab: &mut Lab, name: &str, number: usize) -> Result<()> {
+/// Removes one node.
+pub(super) fn remove_node(lab: &mut Lab, name: &str, number: usize) -> Result<()> {
     node::remove_processes(lab, name)?;
     if let Some(holder) = lab.state.nodes.get(name).and_then(|node| node.holder) {
         crate::process::kill(holder, std::time::Duration::from_secs(30))?;

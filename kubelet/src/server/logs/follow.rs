@@ -6,13 +6,14 @@ use bytes::Bytes;
 use inotify::{EventMask, Inotify, WatchMask};
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
 
 /// How much is read and sent at a time.
 const CHUNK: usize = 64 * 1024;
@@ -52,12 +53,18 @@ pub async fn send(
         reader.drain().await?;
         return Ok(());
     };
-    let ahead = Ahead::default();
-    // Side by side in one task: files are opened while the reader waits for its receiver, before
-    // they are compressed or removed.
+    let ahead = Arc::new(Ahead::default());
+    // A task of its own, which ends with this one: files have to be opened before they are
+    // compressed or removed, whatever the reader is doing.
+    let mut scout = JoinSet::new();
+    let (path, shared) = (log.path.clone(), Arc::clone(&ahead));
+    scout.spawn(async move { look_ahead(&mut watch, newest, &path, &shared).await });
     tokio::select! {
         sent = follow(&mut reader, &log.path, &ahead, ended) => sent,
-        failed = look_ahead(&mut watch, newest, &log.path, &ahead) => failed.map(|_| ()),
+        Some(failed) = scout.join_next() => match failed {
+            Ok(Err(error)) => Err(error),
+            Err(panic) => Err(io::Error::other(panic)),
+        },
     }
 }
 
@@ -146,20 +153,23 @@ fn successors(open: &File, path: &Path) -> io::Result<Vec<File>> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(e),
     };
-    let mine = open.metadata()?;
-    let same = |m: &std::fs::Metadata| (m.dev(), m.ino()) == (mine.dev(), mine.ino());
-    if same(&current.metadata()?) {
+    let file = |m: &Metadata| (m.dev(), m.ino());
+    let written = |m: &Metadata| (m.mtime(), m.mtime_nsec());
+    let (mine, live) = (open.metadata()?, current.metadata()?);
+    if file(&mine) == file(&live) {
         return Ok(Vec::new());
     }
-    let mut rotated = rotated(path)?;
-    let newer = match rotated.iter().position(|(_, m)| same(m)) {
-        Some(at) => rotated.split_off(at + 1),
+    let mut newer = rotated(path)?;
+    match newer.iter().position(|(_, m)| file(m) == file(&mine)) {
+        Some(at) => drop(newer.drain(..=at)),
         // Ours was removed already: what was written later than it follows.
-        None => rotated
-            .into_iter()
-            .filter(|(_, m)| m.mtime() > mine.mtime())
-            .collect(),
-    };
+        None => newer.retain(|(_, m)| written(m) > written(&mine)),
+    }
+    // The one opened above may have been rotated since: it and what came after is for the next
+    // look.
+    if let Some(at) = newer.iter().position(|(_, m)| file(m) == file(&live)) {
+        newer.truncate(at);
+    }
     let mut files: Vec<File> = newer
         .iter()
         .filter_map(|(p, _)| File::open(p).ok())
@@ -170,7 +180,7 @@ fn successors(open: &File, path: &Path) -> io::Result<Vec<File>> {
 
 /// Rotated files beside `path`, oldest first: their names end in the time of rotation. Compressed
 /// ones are left out.
-fn rotated(path: &Path) -> io::Result<Vec<(PathBuf, std::fs::Metadata)>> {
+fn rotated(path: &Path) -> io::Result<Vec<(PathBuf, Metadata)>> {
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
         return Ok(Vec::new());
     };
@@ -179,8 +189,13 @@ fn rotated(path: &Path) -> io::Result<Vec<(PathBuf, std::fs::Metadata)>> {
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        let suffix = name.strip_prefix(&prefix);
-        if suffix.is_some_and(|s| s.starts_with(|c: char| c.is_ascii_digit()) && !s.contains('.'))
+        // The time, and a number when several were rotated within one second.
+        let time = |suffix: &str| {
+            suffix
+                .bytes()
+                .all(|b| b.is_ascii_digit() || b"-.".contains(&b))
+        };
+        if name.strip_prefix(&prefix).is_some_and(time)
             && let Ok(metadata) = entry.metadata()
         {
             found.push((entry.path(), metadata));
@@ -458,13 +473,13 @@ mod tests {
                     .open(&path)
                     .unwrap();
                 open.write_all(text.as_bytes()).unwrap();
-                let moved = place.join(format!("0.log.20260101-{file:06}"));
+                let moved = place.join(format!("0.log.20260101-000000.{file:03}"));
                 std::fs::rename(&path, moved).unwrap();
                 File::create(&path).unwrap();
                 until_open(&path);
                 if file >= 4 {
                     // Older ones go, as they do under a writer in full flight.
-                    let gone = format!("0.log.20260101-{:06}", file - 4);
+                    let gone = format!("0.log.20260101-000000.{:03}", file - 4);
                     std::fs::remove_file(place.join(gone)).unwrap();
                 }
             }
