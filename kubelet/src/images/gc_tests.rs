@@ -65,7 +65,7 @@ fn nothing_is_freed_below_the_high_threshold_and_above_it_down_to_the_low_one() 
         available_bytes,
         ..FsUsage::default()
     };
-    assert_eq!(excess(&usage(151), &POLICY), None);
+    assert_eq!(excess(&usage(160), &POLICY), None);
     assert_eq!(excess(&usage(150), &POLICY), Some(50));
     assert_eq!(excess(&usage(0), &POLICY), Some(200));
     assert_eq!(used_percent(&usage(2000)), Some(0));
