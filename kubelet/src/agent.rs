@@ -529,7 +529,11 @@ fn launch_context(config: &Config, handle: &NodeHandle) -> LaunchContext {
         cluster_domain: config.cluster_domain.clone(),
         host_dns: resolv_conf,
         host_hosts: read_text(Path::new("/etc/hosts")),
-        kubepods: "/kubepods".to_owned(),
+        kubepods: match config.cgroup_driver {
+            crate::config::CgroupDriver::Cgroupfs => "/kubepods",
+            crate::config::CgroupDriver::Systemd => "/kubepods.slice",
+        }
+        .to_owned(),
         cpu_cfs_quota: config.cpu_cfs_quota,
         cpu_cfs_period_us: u64::try_from(config.cpu_cfs_quota_period.as_micros())
             .unwrap_or(100_000),

@@ -5,6 +5,7 @@ mod a_killed_agent_loses_nothing;
 mod a_node_runs_its_own_control_plane;
 mod bad_input_is_named_and_harms_nobody;
 mod chaos_leaves_only_truth;
+mod containers_are_confined;
 mod containers_get_what_their_pod_says;
 mod deployments_run_and_change;
 mod disks_stay_clean;

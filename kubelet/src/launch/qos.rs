@@ -33,12 +33,43 @@ impl QosClass {
     }
 
     /// The cgroup of the class below the kubepods cgroup; guaranteed pods sit in kubepods itself.
+    /// Below a slice it is one too, with its parents' names in its own (systemd.slice(5)).
     pub fn cgroup(self, kubepods: &str) -> String {
         match self {
             Self::Guaranteed => kubepods.to_owned(),
-            Self::Burstable => format!("{kubepods}/burstable"),
-            Self::BestEffort => format!("{kubepods}/besteffort"),
+            Self::Burstable => below(kubepods, "burstable"),
+            Self::BestEffort => below(kubepods, "besteffort"),
         }
+    }
+}
+
+const SLICE: &str = ".slice";
+
+/// A cgroup in another, named as that one's kind is.
+fn below(parent: &str, name: &str) -> String {
+    match parent.strip_suffix(SLICE) {
+        Some(path) => {
+            let stem = path.rsplit('/').next().unwrap_or_default();
+            // A dash is a step down in names of slices.
+            format!("{parent}/{stem}-{}{SLICE}", name.replace('-', "_"))
+        }
+        None => format!("{parent}/{name}"),
+    }
+}
+
+/// The cgroup of a pod in that of its class.
+pub fn pod_cgroup_in(class_cgroup: &str, uid: &str) -> String {
+    below(class_cgroup, &format!("pod{uid}"))
+}
+
+/// The UID in a pod's cgroup's name; none for other cgroups of that class.
+pub fn uid_of_cgroup(name: &str) -> Option<String> {
+    match name.strip_suffix(SLICE) {
+        Some(stem) => {
+            let last = stem.rsplit('-').next()?;
+            Some(last.strip_prefix("pod")?.replace('_', "-"))
+        }
+        None => name.strip_prefix("pod").map(str::to_owned),
     }
 }
 
@@ -100,11 +131,7 @@ pub fn class(pod: &Pod) -> QosClass {
 
 /// The pod's cgroup below the engine's cgroup root, `/kubepods/burstable/pod<uid>`.
 pub fn pod_cgroup(pod: &Pod, context: &LaunchContext) -> String {
-    format!(
-        "{}/pod{}",
-        class(pod).cgroup(&context.kubepods),
-        pod_uid(pod)
-    )
+    pod_cgroup_in(&class(pod).cgroup(&context.kubepods), pod_uid(pod))
 }
 
 /// Limits of the pod's cgroup: the sum of its containers, its overhead, the node's process limit.
@@ -248,6 +275,30 @@ mod tests {
         let both = json!({"cpu": "1", "memory": "1Gi"});
         let pod = pod(json!({"resources": {"requests": both, "limits": both}}));
         assert_eq!(class(&pod), QosClass::Guaranteed);
+    }
+
+    #[test]
+    fn slices_carry_the_names_of_those_above_them() {
+        let uid = "0a1b-2c";
+        for class in [
+            QosClass::Guaranteed,
+            QosClass::Burstable,
+            QosClass::BestEffort,
+        ] {
+            for kubepods in ["/kubepods", "/kubepods.slice", "/a/b.slice"] {
+                let path = pod_cgroup_in(&class.cgroup(kubepods), uid);
+                let name = path.rsplit('/').next().unwrap();
+                assert_eq!(uid_of_cgroup(name).as_deref(), Some(uid), "{path}");
+            }
+        }
+        let burstable = QosClass::Burstable.cgroup("/kubepods.slice");
+        assert_eq!(
+            pod_cgroup_in(&burstable, uid),
+            "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0a1b_2c.slice"
+        );
+        for other in ["burstable", "kubepods-burstable.slice", "kubepods.slice"] {
+            assert_eq!(uid_of_cgroup(other), None);
+        }
     }
 
     #[test]

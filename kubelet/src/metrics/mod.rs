@@ -60,6 +60,10 @@ pub struct Metrics {
     pub started_pods: Counter,
     /// Sandboxes that could not be made.
     pub started_pods_errors: Counter,
+    /// Sandboxes made with users of their own, tries included.
+    pub started_user_pods: Counter,
+    /// Those whose sandbox or first containers could not be made.
+    pub started_user_pods_errors: Counter,
     /// By `container_type` (`container`, `init_container`, `ephemeral_container`).
     pub started_containers: Labelled<Counter, 1>,
     /// By `container_type` and waiting reason.
@@ -127,6 +131,8 @@ impl Default for Metrics {
         Self {
             started_pods: Counter::default(),
             started_pods_errors: Counter::default(),
+            started_user_pods: Counter::default(),
+            started_user_pods_errors: Counter::default(),
             started_containers: Labelled::counter(
                 "kubelet_started_containers_total",
                 "Containers started.",
@@ -310,6 +316,18 @@ pub fn write(all: &Metrics, page: &mut Page) {
         "kubelet_started_pods_errors_total",
         "Pods that could not be started.",
         &all.started_pods_errors,
+    );
+    counter(
+        page,
+        "kubelet_started_user_namespaced_pods_total",
+        "Pods with user namespaces started.",
+        &all.started_user_pods,
+    );
+    counter(
+        page,
+        "kubelet_started_user_namespaced_pods_errors_total",
+        "Pods with user namespaces that could not be started.",
+        &all.started_user_pods_errors,
     );
     for (name, help, one) in [
         (

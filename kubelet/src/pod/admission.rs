@@ -4,7 +4,7 @@
 use super::environment::Rejection;
 use crate::launch::resources::{Amounts, pod_totals};
 use crate::quantity::Quantity;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{AppArmorProfile, Pod};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -40,6 +40,7 @@ const SAFE_SYSCTLS: [&str; 12] = [
 /// The reason for `status.reason` and the message for people.
 pub fn admit(pod: &Pod, others: &[Arc<Pod>], context: &AdmissionContext) -> Result<(), Rejection> {
     operating_system(pod)?;
+    app_armor(pod)?;
     sysctls(pod, &context.allowed_unsafe_sysctls)?;
     resources(pod, others, &context.allocatable)
 }
@@ -71,6 +72,28 @@ fn operating_system(pod: &Pod) -> Result<(), Rejection> {
             "PodOSSelectorNodeLabelDoesNotMatch",
             "Failed to admit pod as the `kubernetes.io/os` label doesn't match node label",
         ));
+    }
+    Ok(())
+}
+
+/// A profile nobody would hold the pod to: containers are not put under AppArmor here.
+fn app_armor(pod: &Pod) -> Result<(), Rejection> {
+    const ANNOTATION: &str = "container.apparmor.security.beta.kubernetes.io/";
+    let wanted =
+        |profile: Option<&AppArmorProfile>| profile.is_some_and(|p| p.type_ != "Unconfined");
+    let of_pod = pod.spec.as_ref().and_then(|s| s.security_context.as_ref());
+    let containers = pod.spec.iter().flat_map(|s| {
+        let init = s.init_containers.iter().flatten();
+        init.chain(&s.containers)
+    });
+    let mut of_containers = containers.filter_map(|c| c.security_context.as_ref());
+    let mut annotations = pod.metadata.annotations.iter().flatten();
+    if wanted(of_pod.and_then(|c| c.app_armor_profile.as_ref()))
+        || of_containers.any(|c| wanted(c.app_armor_profile.as_ref()))
+        || annotations.any(|(key, value)| key.starts_with(ANNOTATION) && value != "unconfined")
+    {
+        let message = "Cannot enforce AppArmor: AppArmor is not enabled on the host";
+        return Err(rejection("AppArmor", message));
     }
     Ok(())
 }
@@ -210,6 +233,20 @@ mod tests {
                 "Node didn't have enough resource: pods, requested: 1, used: 3, capacity: 3",
             )),
         );
+    }
+
+    #[test]
+    fn a_profile_that_cannot_be_enforced_is_refused() {
+        let message = "Cannot enforce AppArmor: AppArmor is not enabled on the host";
+        let with = |kind: &str| json!({"appArmorProfile": {"type": kind}});
+        for (kind, expected) in [
+            ("RuntimeDefault", Err(("AppArmor", message))),
+            ("Unconfined", Ok(())),
+        ] {
+            check(json!({"securityContext": with(kind)}), &[], expected);
+            let container = json!({"name": "a", "securityContext": with(kind)});
+            check(json!({"containers": [container]}), &[], expected);
+        }
     }
 
     #[test]

@@ -250,12 +250,7 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
         uids.extend(logs.iter().filter_map(|name| owner_of_logs(name.to_str()?)));
         for parent in qos_parents(&context.kubepods) {
             let names = self.runtime.list_cgroups(&parent);
-            uids.extend(
-                names
-                    .iter()
-                    .filter_map(|n| n.strip_prefix("pod"))
-                    .map(str::to_owned),
-            );
+            uids.extend(names.iter().filter_map(|n| qos::uid_of_cgroup(n)));
         }
         uids.into_iter().collect()
     }
@@ -360,7 +355,7 @@ impl<R: RuntimeService + ImageService> NodeEnvironment<R> {
         let uid = spec::uid(pod);
         qos_parents(&context.kubepods)
             .iter()
-            .map(|parent| format!("{parent}/pod{uid}"))
+            .map(|parent| qos::pod_cgroup_in(parent, uid))
             .collect()
     }
 

@@ -3,7 +3,9 @@
 use super::{Ended, Outcome, Started, ending};
 use crate::events::{EventType, field_path};
 use crate::launch::hash::container_hash;
+use crate::launch::security::own_users;
 use crate::launch::{ANNOTATION_BACKOFF, ANNOTATION_HASH};
+use crate::metrics::metrics;
 use crate::observe::PodObservation;
 use crate::pod::environment::{PodEnvironment, StartContext, StepError};
 use crate::pod::hooks::{self, HookTarget, Hooked};
@@ -178,6 +180,9 @@ impl<R: RuntimeService, E: PodEnvironment> Launch<'_, R, E> {
 
     fn failed(&self, reason: &str, message: String) -> StepError {
         self.event(EventType::Warning, "Failed", format!("Error: {message}"));
+        if self.start.attempt == 0 && own_users(self.pod) {
+            metrics().started_user_pods_errors.inc();
+        }
         StepError::new(reason, message)
     }
 

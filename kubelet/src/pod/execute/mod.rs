@@ -10,6 +10,7 @@ use super::plan::Action;
 use super::spec;
 use super::state::{CrashBackoff, Step, Steps};
 use super::worker::{Worker, WorkerDeps};
+use crate::launch::security::own_users;
 use crate::metrics::metrics;
 use crate::observe::PodObservation;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
@@ -186,10 +187,17 @@ async fn run_sandbox<R: RuntimeService, E: PodEnvironment>(
     const REASON: &str = "FailedCreatePodSandBox";
     let config = deps.environment.prepare_sandbox(pod, attempt).await?;
     metrics().started_pods.inc();
+    let own_users = own_users(pod);
+    if own_users {
+        metrics().started_user_pods.inc();
+    }
     match deps.runtime.run_sandbox(config).await {
         Ok(_) => Ok(()),
         Err(error) => {
             metrics().started_pods_errors.inc();
+            if own_users {
+                metrics().started_user_pods_errors.inc();
+            }
             let message = format!("Failed to create pod sandbox: {error}");
             Err(StepError::new(REASON, message))
         }
