@@ -42,7 +42,8 @@ pub fn admit(pod: &Pod, others: &[Arc<Pod>], context: &AdmissionContext) -> Resu
     operating_system(pod)?;
     app_armor(pod)?;
     sysctls(pod, &context.allowed_unsafe_sysctls)?;
-    resources(pod, others, &context.allocatable)
+    resources(pod, others, &context.allocatable)?;
+    node_ports(pod, others)
 }
 
 fn rejection(reason: impl Into<String>, message: impl Into<String>) -> Rejection {
@@ -181,6 +182,61 @@ fn resources(
     Ok(())
 }
 
+/// Ports of the node that another pod already has.
+fn node_ports(pod: &Pod, others: &[Arc<Pod>]) -> Result<(), Rejection> {
+    let wanted = host_ports(pod);
+    let taken = || others.iter().flat_map(|other| host_ports(other));
+    if wanted.is_empty() || !taken().any(|port| wanted.iter().any(|w| w.meets(&port))) {
+        return Ok(());
+    }
+    Err(rejection(
+        "NodePorts",
+        "Predicate NodePorts failed: node(s) didn't have free ports for the requested pod ports",
+    ))
+}
+
+/// A port of the node that a container asks for.
+#[derive(Debug)]
+struct HostPort<'a> {
+    address: &'a str,
+    protocol: &'a str,
+    port: i32,
+}
+
+/// Every address of the node.
+const ANY_ADDRESS: &str = "0.0.0.0";
+
+impl HostPort<'_> {
+    /// Whether both cannot be had.
+    fn meets(&self, other: &HostPort<'_>) -> bool {
+        let same_address = self.address == other.address
+            || self.address == ANY_ADDRESS
+            || other.address == ANY_ADDRESS;
+        same_address && self.port == other.port && self.protocol == other.protocol
+    }
+}
+
+/// Of the containers, and of those init containers that go on running beside them.
+fn host_ports(pod: &Pod) -> Vec<HostPort<'_>> {
+    let Some(spec) = &pod.spec else {
+        return Vec::new();
+    };
+    let beside = spec.init_containers.iter().flatten();
+    let beside = beside.filter(|c| c.restart_policy.as_deref() == Some("Always"));
+    let ports = spec.containers.iter().chain(beside);
+    let ports = ports.filter_map(|c| c.ports.as_ref()).flatten();
+    ports
+        .filter_map(|port| {
+            let address = port.host_ip.as_deref().filter(|ip| !ip.is_empty());
+            Some(HostPort {
+                address: address.unwrap_or(ANY_ADDRESS),
+                protocol: port.protocol.as_deref().unwrap_or("TCP"),
+                port: port.host_port.filter(|port| *port > 0)?,
+            })
+        })
+        .collect()
+}
+
 fn totals(pod: &Pod) -> Result<Amounts, String> {
     pod_totals(pod)
         .map(|t| t.requests)
@@ -275,6 +331,37 @@ mod tests {
                 "forbidden sysctl: \"net.ipv4.tcp_syncookies\" not allowed with host net enabled",
             )),
         );
+    }
+
+    #[test]
+    fn a_port_of_the_node_is_given_once_for_each_address_and_protocol() {
+        let with = |port: Value| json!({"containers": [{"name": "a", "ports": [port]}]});
+        let other = Arc::new(pod(with(
+            json!({"containerPort": 80, "hostPort": 8080, "hostIP": "10.0.0.1"}),
+        )));
+        let others = std::slice::from_ref(&other);
+        let refused = Err((
+            "NodePorts",
+            "Predicate NodePorts failed: node(s) didn't have free ports for the requested pod ports",
+        ));
+        for (wanted, expected) in [
+            (json!({"containerPort": 1, "hostPort": 8080}), refused),
+            (
+                json!({"containerPort": 1, "hostPort": 8080, "hostIP": "10.0.0.1"}),
+                refused,
+            ),
+            (
+                json!({"containerPort": 1, "hostPort": 8080, "hostIP": "10.0.0.2"}),
+                Ok(()),
+            ),
+            (
+                json!({"containerPort": 1, "hostPort": 8080, "protocol": "UDP"}),
+                Ok(()),
+            ),
+            (json!({"containerPort": 8080}), Ok(())),
+        ] {
+            check(with(wanted), others, expected);
+        }
     }
 
     #[test]

@@ -305,8 +305,10 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
             let others: Vec<_> = self
                 .workers
                 .values()
-                .map(|w| w.desired.borrow().pod.clone())
-                .filter(|p| !spec::is_terminal(p))
+                .map(|w| w.desired.borrow())
+                // One that was refused takes nothing, even before the apiserver knows.
+                .filter(|d| d.rejected.is_none() && !spec::is_terminal(&d.pod))
+                .map(|d| d.pod.clone())
                 .collect();
             if let Err(refusal) = self.deps.environment.admit(&desired.pod, &others) {
                 let warning = EventType::Warning;

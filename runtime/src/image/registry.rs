@@ -25,7 +25,8 @@ pub struct RegistryConfig {
     /// or plain `host:port`, which is https unless listed in `insecure`). `*` is for registries
     /// without an entry of their own.
     pub mirrors: BTreeMap<String, Vec<String>>,
-    /// `host:port` of registries spoken to by plain HTTP.
+    /// `host:port` of registries spoken to by plain HTTP. Those on a loopback address are in any
+    /// case, unless their port is 443 or a mirror says `https://`.
     pub insecure: Vec<String>,
     /// Never ask the registry itself when it has mirrors.
     pub only_mirrors: bool,
@@ -73,7 +74,7 @@ impl RegistryConfig {
         let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
         let plain = match scheme {
             Some(scheme) => scheme == "http",
-            None => self.insecure.iter().any(|i| i == host),
+            None => is_loopback(host) || self.insecure.iter().any(|i| i == host),
         };
         let path = path.trim_matches('/').to_owned();
         Endpoint {
@@ -83,6 +84,17 @@ impl RegistryConfig {
             mirror,
         }
     }
+}
+
+/// Whether a registry, as `host[:port]`, is on the node itself and has no port that promises TLS:
+/// such registries have no certificate anybody would trust.
+fn is_loopback(host: &str) -> bool {
+    if let Ok(address) = host.parse::<std::net::SocketAddr>() {
+        return address.ip().is_loopback() && address.port() != 443;
+    }
+    let (name, port) = host.rsplit_once(':').unwrap_or((host, "80"));
+    let address = || host.parse::<std::net::IpAddr>().or_else(|_| name.parse());
+    (name == "localhost" || address().is_ok_and(|ip| ip.is_loopback())) && port != "443"
 }
 
 /// What a manifest request is answered with.
@@ -524,5 +536,21 @@ mod tests {
             ]
         );
         assert_eq!(hosts("b:1").len(), 2);
+    }
+
+    #[test]
+    fn registries_on_the_node_itself_are_asked_by_plain_http() {
+        let config = RegistryConfig::default();
+        for (registry, plain) in [
+            ("localhost:5000", true),
+            ("localhost", true),
+            ("127.0.0.1:5000", true),
+            ("[::1]:5000", true),
+            ("localhost:443", false),
+            ("localhost.example:5000", false),
+            ("10.0.0.1:5000", false),
+        ] {
+            assert_eq!(config.endpoints(registry)[0].plain, plain, "{registry}");
+        }
     }
 }
