@@ -28,7 +28,7 @@ use crate::images::gc::{ImageGc, Policy};
 use crate::images::provider::{ProviderConfigError, Providers};
 use crate::launch::{LaunchContext, dns, qos};
 use crate::metrics;
-use crate::node::{Node, NodeHandle, machine};
+use crate::node::{Node, NodeHandle, capacity, machine};
 use crate::objects::Objects;
 use crate::pod::clock::Clock;
 use crate::pod::index::PodIndex;
@@ -271,6 +271,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         let environment = Arc::new(NodeEnvironment {
             runtime: self.runtime.clone(),
             context,
+            node: node.clone(),
             allowed_unsafe_sysctls: self.config.allowed_unsafe_sysctls.clone(),
             objects: objects.clone(),
             volumes,
@@ -301,6 +302,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             index: index.clone(),
             backoff: BackoffLimits::up_to(self.config.crash_loop_max),
             clock: Clock::Wall,
+            room: Arc::default(),
         });
         let (changes_tx, changes) = mpsc::channel(source::QUEUE);
         let (retry, retries) = mpsc::channel(source::QUEUE);
@@ -458,7 +460,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         context: &LaunchContext,
         handle: &NodeHandle,
     ) -> Result<(), AgentError> {
-        let allocatable = handle.allocatable();
+        let allocatable = capacity::enforced(handle.capacity(), &self.config);
         let limits = if self.config.enforce_pods_allocatable {
             let cpu = allocatable.get("cpu").map_or(0, |q| q.milli_value());
             let memory = allocatable.get("memory").map_or(0, |q| q.value());

@@ -527,7 +527,8 @@ impl RuntimeService for FakeRuntime {
         let name = self.lock().container_name(id);
         let mut state = self.begin(Operation::UpdateResources, &name)?;
         let container = state.containers.get_mut(id);
-        container.ok_or_else(|| no_container(id))?.resources = resources;
+        let container = container.ok_or_else(|| no_container(id))?;
+        container.resources = container.resources.updated_by(resources);
         Ok(())
     }
 
@@ -592,8 +593,13 @@ impl RuntimeService for FakeRuntime {
 
     fn ensure_cgroup(&self, path: &str, resources: &Resources) -> Result<()> {
         let mut state = self.begin(Operation::EnsureCgroup, path)?;
-        state.cgroups.insert(path.to_owned(), resources.clone());
+        let limits = state.cgroups.entry(path.to_owned()).or_default();
+        *limits = limits.updated_by(resources.clone());
         Ok(())
+    }
+
+    fn cgroup_limits(&self, path: &str) -> Option<Resources> {
+        self.cgroup(path)
     }
 
     async fn remove_cgroup(&self, path: &str) -> Result<()> {

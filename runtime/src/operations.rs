@@ -160,6 +160,17 @@ impl RuntimeService for Engine {
         Ok(self.inner.cgroups.apply(path, &limits(resources))?)
     }
 
+    fn cgroup_limits(&self, path: &str) -> Option<Resources> {
+        let limits = self.inner.cgroups.limits(path)?;
+        Some(Resources {
+            cpu_shares: limits.cpu_shares,
+            cpu_quota_us: limits.cpu_quota_us,
+            cpu_period_us: limits.cpu_period_us,
+            memory_limit_bytes: limits.memory_bytes,
+            ..Resources::default()
+        })
+    }
+
     async fn remove_cgroup(&self, path: &str) -> Result<()> {
         let (inner, path) = (Arc::clone(&self.inner), path.to_owned());
         blocking(move || {

@@ -113,6 +113,33 @@ pub struct Resources {
     pub hugepage_limits: BTreeMap<String, u64>,
     /// v2 only: any other file of the cgroup (`memory.oom.group` → `1`).
     pub unified: BTreeMap<String, String>,
+    /// Memory requested in bytes. Nothing enforces it; it is kept so that a changed request can
+    /// be told from an unchanged one. `None`: made before this was recorded.
+    #[serde(default)]
+    pub memory_request_bytes: Option<i64>,
+}
+
+impl Resources {
+    /// These limits after an update: what `new` does not name stays.
+    #[must_use]
+    pub fn updated_by(&self, new: Self) -> Self {
+        let mut hugepage_limits = self.hugepage_limits.clone();
+        hugepage_limits.extend(new.hugepage_limits);
+        let mut unified = self.unified.clone();
+        unified.extend(new.unified);
+        Self {
+            cpu_shares: new.cpu_shares.or(self.cpu_shares),
+            cpu_quota_us: new.cpu_quota_us.or(self.cpu_quota_us),
+            cpu_period_us: new.cpu_period_us.or(self.cpu_period_us),
+            memory_limit_bytes: new.memory_limit_bytes.or(self.memory_limit_bytes),
+            pids_limit: new.pids_limit.or(self.pids_limit),
+            cpuset_cpus: new.cpuset_cpus.or_else(|| self.cpuset_cpus.clone()),
+            cpuset_mems: new.cpuset_mems.or_else(|| self.cpuset_mems.clone()),
+            hugepage_limits,
+            unified,
+            memory_request_bytes: new.memory_request_bytes.or(self.memory_request_bytes),
+        }
+    }
 }
 
 /// What a sandbox shall be.
@@ -589,6 +616,9 @@ pub trait RuntimeService: Send + Sync + 'static {
     ) -> impl Future<Output = Result<tokio::net::TcpStream>> + Send;
     /// Makes (or updates) a cgroup below the root, e.g. the QoS tree and pod cgroups.
     fn ensure_cgroup(&self, path: &str, resources: &Resources) -> Result<()>;
+    /// CPU quota, period and memory limit of a cgroup as the kernel has them, `-1` for unlimited;
+    /// none when it does not exist.
+    fn cgroup_limits(&self, path: &str) -> Option<Resources>;
     /// Kills what is in it and removes it with its children. Idempotent.
     fn remove_cgroup(&self, path: &str) -> impl Future<Output = Result<()>> + Send;
     /// Names of child cgroups (`pod<uid>` below a QoS class), for orphan clean-up.

@@ -17,6 +17,7 @@ mod pods_end_in_order_and_can_be_debugged;
 mod pods_start_restart_and_end;
 mod probes_decide_readiness_and_restarts;
 mod registries_that_lie_are_found_out;
+mod resources_change_in_place;
 mod static_pods_need_no_apiserver;
 mod streams_carry_every_byte;
 mod the_apiserver_refuses_or_is_away;

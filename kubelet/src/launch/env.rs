@@ -188,7 +188,7 @@ impl Sources<'_> {
         if let Some(field) = &source.resource_field_ref {
             let named = field.container_name.as_deref().unwrap_or_default();
             return if named.is_empty() || named == self.container.name {
-                resource_field(field, self.container, self.context)
+                resource_field(field, self.pod, self.container, self.context)
             } else {
                 super::fields::resource_field_of_pod(field, self.pod, self.context)
             }

@@ -128,12 +128,13 @@ fn is_invisible(c: char) -> bool {
 }
 
 /// A resource of a container as text, divided and rounded up. Missing limits of cpu, memory and
-/// ephemeral storage are the node's allocatable.
+/// ephemeral storage are the pod's own, or else the node's allocatable.
 ///
 /// # Errors
 /// An unknown resource, or an amount that is no quantity.
 pub fn resource_field(
     selector: &ResourceFieldSelector,
+    pod: &Pod,
     container: &Container,
     context: &LaunchContext,
 ) -> Result<String, String> {
@@ -154,7 +155,13 @@ pub fn resource_field(
         _ => return Err(unsupported()),
     };
     if kind == "limits" && plain && amount.is_zero() {
-        amount = find(Some(&context.allocatable))?;
+        let own = pod.spec.as_ref().and_then(|s| s.resources.as_ref());
+        if name != "ephemeral-storage" {
+            amount = find(own.and_then(|r| r.limits.as_ref()))?;
+        }
+        if amount.is_zero() {
+            amount = find(Some(&context.allocatable))?;
+        }
     }
     let divisor = match &selector.divisor {
         Some(divisor) => Quantity::try_from(divisor).map_err(|e| e.to_string())?,
@@ -199,7 +206,7 @@ pub fn resource_field_of_pod(
         })
         .find(|c| c.name == name)
         .ok_or_else(|| format!("container {name} not found"))?;
-    resource_field(selector, container, context)
+    resource_field(selector, pod, container, context)
 }
 
 #[cfg(test)]
@@ -280,5 +287,19 @@ mod tests {
             divisor: None,
         };
         assert!(resource_field_of_pod(&selector, &pod, &context()).is_err());
+    }
+
+    #[test]
+    fn limits_of_the_pod_stand_in_for_those_of_its_containers() {
+        let pod = pod(json!({"resources": {"limits": {"memory": "512Mi"}}}));
+        for (resource, want) in [("limits.memory", "536870912"), ("limits.cpu", "4")] {
+            let selector = ResourceFieldSelector {
+                resource: resource.into(),
+                container_name: Some("c".into()),
+                divisor: None,
+            };
+            let got = resource_field_of_pod(&selector, &pod, &context()).unwrap();
+            assert_eq!(got, want, "{resource}");
+        }
     }
 }

@@ -102,6 +102,7 @@ pub fn container_resources(
         memory_limit_bytes: (memory > 0).then_some(memory),
         hugepage_limits: hugepage_limits(&hugepages, &context.hugepage_sizes),
         unified,
+        memory_request_bytes: Some(requests.get("memory").map_or(0, Quantity::value)),
         ..Resources::default()
     })
 }
@@ -141,6 +142,55 @@ fn raise(sum: &mut Amounts, least: &Amounts) {
 /// # Errors
 /// Names the resource whose amount is no quantity.
 pub fn pod_totals(pod: &Pod) -> Result<ResourceTotals, LaunchError> {
+    let mut totals = sum(pod, of_spec)?;
+    totals.pod_level(pod)?;
+    Ok(totals)
+}
+
+/// Like [`pod_totals`], but what the status says is in force counts where it is more than what
+/// the spec says: a container that shall shrink takes its old share until it has shrunk.
+///
+/// # Errors
+/// Names the resource whose amount is no quantity.
+pub fn totals_in_use(pod: &Pod) -> Result<ResourceTotals, LaunchError> {
+    let status = pod.status.as_ref();
+    let mut totals = sum(pod, |container| {
+        let (mut requests, limits) = of_spec(container)?;
+        let actual = status
+            .into_iter()
+            .flat_map(|s| [&s.container_statuses, &s.init_container_statuses])
+            .flatten()
+            .flatten()
+            .find(|s| s.name == container.name);
+        if let Some(actual) = actual {
+            let in_force = actual.resources.as_ref().and_then(|r| r.requests.as_ref());
+            raise(&mut requests, &amounts(in_force)?);
+        }
+        Ok((requests, limits))
+    })?;
+    totals.pod_level(pod)?;
+    let own = pod.spec.as_ref().and_then(|s| s.resources.as_ref());
+    if own.is_some_and(|r| r.requests.is_some()) {
+        let actual = status.and_then(|s| s.resources.as_ref()?.requests.as_ref());
+        raise(&mut totals.requests, &amounts(actual)?);
+    }
+    Ok(totals)
+}
+
+/// Requests and limits of a container as its spec says.
+fn of_spec(container: &Container) -> Result<(Amounts, Amounts), LaunchError> {
+    let own = container.resources.as_ref();
+    Ok((
+        amounts(own.and_then(|r| r.requests.as_ref()))?,
+        amounts(own.and_then(|r| r.limits.as_ref()))?,
+    ))
+}
+
+/// What the containers of a pod need together; `read` tells a container's requests and limits.
+fn sum(
+    pod: &Pod,
+    read: impl Fn(&Container) -> Result<(Amounts, Amounts), LaunchError>,
+) -> Result<ResourceTotals, LaunchError> {
     let mut totals = ResourceTotals {
         cpu_limited: true,
         memory_limited: true,
@@ -148,13 +198,6 @@ pub fn pod_totals(pod: &Pod) -> Result<ResourceTotals, LaunchError> {
     };
     let Some(spec) = &pod.spec else {
         return Ok(totals);
-    };
-    let read = |container: &Container| -> Result<(Amounts, Amounts), LaunchError> {
-        let own = container.resources.as_ref();
-        Ok((
-            amounts(own.and_then(|r| r.requests.as_ref()))?,
-            amounts(own.and_then(|r| r.limits.as_ref()))?,
-        ))
     };
     for container in &spec.containers {
         let (requests, limits) = read(container)?;
@@ -182,7 +225,6 @@ pub fn pod_totals(pod: &Pod) -> Result<ResourceTotals, LaunchError> {
     }
     raise(&mut totals.requests, &least.0);
     raise(&mut totals.limits, &least.1);
-    totals.pod_level(pod)?;
     Ok(totals)
 }
 

@@ -37,8 +37,9 @@ pub fn capacity(machine: &Machine, nodefs: &Filesystem, max_pods: u32) -> Amount
     amounts
 }
 
-/// What pods may use of it.
-pub fn allocatable(capacity: &Amounts, config: &Config) -> Amounts {
+/// What the cgroup of all pods is limited to: capacity less what is reserved. Eviction
+/// thresholds do not count: pods above them are to be evicted, not killed by the kernel.
+pub fn enforced(capacity: &Amounts, config: &Config) -> Amounts {
     let mut left = capacity.clone();
     for reserved in [&config.kube_reserved, &config.system_reserved] {
         for (name, text) in reserved {
@@ -47,6 +48,12 @@ pub fn allocatable(capacity: &Amounts, config: &Config) -> Amounts {
             }
         }
     }
+    left
+}
+
+/// What pods may use of it.
+pub fn allocatable(capacity: &Amounts, config: &Config) -> Amounts {
+    let mut left = enforced(capacity, config);
     for (signal, name) in [
         ("memory.available", "memory"),
         ("nodefs.available", "ephemeral-storage"),
@@ -168,6 +175,8 @@ mod tests {
         assert_eq!(left["memory"].value(), expected);
         assert_eq!(left["ephemeral-storage"].value(), 90 * (1 << 30));
         assert_eq!(left["pods"].to_string(), "110");
+        let enforced = enforced(&total, &config);
+        assert_eq!(enforced["memory"].value(), (8 << 30) - (1 << 30));
     }
 
     #[test]

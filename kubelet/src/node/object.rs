@@ -27,7 +27,11 @@ const ATTACH_DETACH: &str = "volumes.kubernetes.io/controller-managed-attach-det
 const PROVIDED_IP: &str = "alpha.kubernetes.io/provided-node-ip";
 /// Features the scheduler and the apiserver may count on (KEP-5328). With
 /// `ExtendWebSocketsToKubelet` the apiserver hands exec WebSockets through to us.
-const DECLARED_FEATURES: &[&str] = &["ExtendWebSocketsToKubelet"];
+pub const DECLARED_FEATURES: &[&str] = &[
+    "ExtendWebSocketsToKubelet",
+    "InPlacePodLevelResourcesVerticalScaling",
+    "InPlacePodVerticalScalingInitContainers",
+];
 
 /// Labels the agent itself sets.
 pub fn labels(config: &Config, machine: &Machine) -> BTreeMap<String, String> {

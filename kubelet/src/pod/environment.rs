@@ -1,6 +1,9 @@
 //! What a pod worker needs of the node besides the runtime: volumes, images, configurations,
 //! admission. The node's own is [`super::launcher`]; tests bring a scripted one.
 
+use super::admission::Admission;
+use super::resize::actuate::{Running, WantedResources};
+use super::resize::allocation::Allocation;
 use super::state::EndingNote;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use runtime::service::{ContainerConfig, SandboxConfig};
@@ -41,6 +44,18 @@ pub struct Rejection {
     pub message: String,
 }
 
+/// The node does not give a running pod the resources it asks for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ResizeRefusal {
+    /// One word for the event, `OutOfcpu`.
+    pub reason: String,
+    /// It will never be possible on this node.
+    pub infeasible: bool,
+    /// For people.
+    pub message: String,
+}
+
 /// All a container's configuration depends on besides pod and container.
 #[derive(Debug, Clone)]
 pub struct StartContext<V, I> {
@@ -61,8 +76,30 @@ pub trait PodEnvironment: Send + Sync + 'static {
     /// An image that is stored.
     type Image: Clone + Send + Sync + 'static;
 
-    /// Whether the node takes a new pod beside those it has.
-    fn admit(&self, pod: &Pod, others: &[Arc<Pod>]) -> Result<(), Rejection>;
+    /// Whether the node takes a new pod beside those it has, all with the resources they were
+    /// granted.
+    fn admit(&self, pod: &Pod, others: &[Arc<Pod>]) -> Result<Admission, Rejection>;
+    /// Whether a pod that runs as `granted` may have the resources it asks for now; if not,
+    /// whether it never may on this node, and why.
+    fn admit_resize(
+        &self,
+        pod: &Pod,
+        granted: &Pod,
+        others: &[Arc<Pod>],
+    ) -> Result<Admission, ResizeRefusal>;
+    /// The recorded allocation of a pod.
+    fn load_allocation(&self, uid: &str) -> Option<Allocation>;
+    /// Records the allocation of a pod.
+    fn save_allocation(&self, uid: &str, allocation: &Allocation) -> Result<(), StepError>;
+    /// What the pod's cgroups shall be; none when the spec makes no sense.
+    fn wanted_resources(&self, pod: &Pod) -> Option<WantedResources>;
+    /// Brings the cgroups of a pod and its running containers to what is wanted.
+    fn resize(
+        &self,
+        pod: &Arc<Pod>,
+        wanted: WantedResources,
+        running: Vec<Running>,
+    ) -> impl Future<Output = Result<(), StepError>> + Send;
     /// Addresses of the node, first is primary.
     fn host_ips(&self) -> Vec<String>;
     /// Sets all volumes up. Idempotent.

@@ -1,15 +1,20 @@
 //! The node around pods: joins volumes, images, the objects of the API and the pure functions of
 //! [`crate::launch`] into what a worker asks for. No task, no queue of its own.
 
-use super::admission::{self, AdmissionContext};
-use super::environment::{PodEnvironment, Rejection, StartContext, StepError};
+use super::admission::{self, Admission, AdmissionContext};
+use super::environment::{PodEnvironment, Rejection, ResizeRefusal, StartContext, StepError};
+use super::resize::actuate::{Running, WantedResources};
+use super::resize::allocation::{self, Allocation};
+use super::resize::execute;
 use super::spec;
 use super::state::EndingNote;
 use crate::events::{EventSink, EventType, field_path};
 use crate::images::{ImagePuller, PullError, PullRequest};
 use crate::launch::container::ContainerImages;
-use crate::launch::resources::{cpu_shares, pod_totals};
+use crate::launch::resources::{container_resources, cpu_shares, pod_totals};
 use crate::launch::{self, LaunchContext, LaunchError, qos};
+use crate::node::NodeHandle;
+use crate::node::object::DECLARED_FEATURES;
 use crate::objects::Objects;
 use crate::quantity::Quantity;
 use crate::userns::UserNamespaces;
@@ -24,7 +29,7 @@ use runtime::service::{
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use tracing::warn;
+use tracing::{debug, warn};
 
 /// File in a pod's directory with the note of its ending.
 const NOTE: &str = "ending.json";
@@ -36,6 +41,8 @@ pub struct NodeEnvironment<R> {
     pub runtime: Arc<R>,
     /// The node in launch's words; replaced when the node changes.
     pub context: Arc<ArcSwap<LaunchContext>>,
+    /// The Node object.
+    pub node: NodeHandle,
     /// Unsafe sysctls pods may set.
     pub allowed_unsafe_sysctls: Vec<String>,
     /// ConfigMaps and Secrets.
@@ -86,12 +93,78 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
     type Volumes = PodVolumes;
     type Image = ContainerImages;
 
-    fn admit(&self, pod: &Pod, others: &[Arc<Pod>]) -> Result<(), Rejection> {
+    fn admit(&self, pod: &Pod, others: &[Arc<Pod>]) -> Result<Admission, Rejection> {
+        let launch = self.context.load();
         let context = AdmissionContext {
-            allocatable: self.context.load().allocatable.clone(),
+            allocatable: launch.allocatable.clone(),
             allowed_unsafe_sysctls: self.allowed_unsafe_sysctls.clone(),
+            node_name: launch.node_name.clone(),
+            node: self.node.node(),
+            declared_features: DECLARED_FEATURES,
+            // Containers are not put under AppArmor here, whatever the kernel can do.
+            apparmor: false,
         };
         admission::admit(pod, others, &context)
+    }
+
+    fn admit_resize(
+        &self,
+        pod: &Pod,
+        _granted: &Pod,
+        others: &[Arc<Pod>],
+    ) -> Result<Admission, ResizeRefusal> {
+        self.admit(pod, others).map_err(|refusal| ResizeRefusal {
+            reason: refusal.reason,
+            infeasible: false,
+            message: refusal.message,
+        })
+    }
+
+    fn load_allocation(&self, uid: &str) -> Option<Allocation> {
+        let loaded = allocation::load(&self.context.load().root_dir, uid);
+        loaded.unwrap_or_else(|error| {
+            // The spec counts as granted then; limits in force are compared with it anyway.
+            warn!(
+                error = &error as &dyn std::error::Error,
+                "Allocation not read"
+            );
+            None
+        })
+    }
+
+    fn save_allocation(&self, uid: &str, allocation: &Allocation) -> Result<(), StepError> {
+        let saved = allocation::save(&self.context.load().root_dir, uid, allocation);
+        saved.map_err(|e| StepError::new("UnexpectedAdmissionError", e.to_string()))
+    }
+
+    fn wanted_resources(&self, pod: &Pod) -> Option<WantedResources> {
+        let context = self.context.load();
+        let spec = pod.spec.as_ref()?;
+        let own = |c: &Container| {
+            let resources = container_resources(pod, c, &context).ok()?;
+            Some((c.name.clone(), resources))
+        };
+        let inits = spec.init_containers.iter().flatten();
+        let containers = inits.chain(&spec.containers).map(own);
+        Some(WantedResources {
+            pod: qos::pod_resources(pod, &context).ok()?,
+            containers: containers.collect::<Option<_>>()?,
+        })
+    }
+
+    async fn resize(
+        &self,
+        pod: &Arc<Pod>,
+        wanted: WantedResources,
+        running: Vec<Running>,
+    ) -> Result<(), StepError> {
+        let began = tokio::time::Instant::now();
+        let cgroup = qos::pod_cgroup(pod, &self.context.load());
+        self.weigh(pod);
+        let done = execute::carry_out(&*self.runtime, &cgroup, &wanted, &running).await;
+        let elapsed_us = began.elapsed().as_micros();
+        debug!(cgroup, elapsed_us, "Cgroups brought to what was granted");
+        done.map_err(|message| StepError::new("ResizePodInPlaceError", message))
     }
 
     fn host_ips(&self) -> Vec<String> {
@@ -104,11 +177,7 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
     }
 
     async fn prepare_volumes(&self, pod: &Arc<Pod>) -> Result<PodVolumes, StepError> {
-        if qos::class(pod) == qos::QosClass::Burstable {
-            let totals = pod_totals(pod).unwrap_or_default();
-            let milli = totals.requests.get("cpu").map_or(0, Quantity::milli_value);
-            self.weigh_burstable(spec::uid(pod), Some(milli));
-        }
+        self.weigh(pod);
         let prepared = self.volumes.prepare(pod).await;
         prepared.map_err(|e| StepError::new(e.reason(), e.to_string()))
     }
@@ -359,6 +428,15 @@ impl<R: RuntimeService + ImageService> NodeEnvironment<R> {
             .collect()
     }
 
+    /// Counts a pod in the weight of its class.
+    fn weigh(&self, pod: &Pod) {
+        if qos::class(pod) == qos::QosClass::Burstable {
+            let totals = pod_totals(pod).unwrap_or_default();
+            let milli = totals.requests.get("cpu").map_or(0, Quantity::milli_value);
+            self.weigh_burstable(spec::uid(pod), Some(milli));
+        }
+    }
+
     /// Keeps the weight of the burstable class in line with its pods.
     fn weigh_burstable(&self, uid: &str, milli: Option<i64>) {
         let Some(sum) = self.burstable.note(uid, milli) else {
@@ -388,8 +466,8 @@ impl<R: RuntimeService + ImageService> NodeEnvironment<R> {
         let found = api.get_opt(class).await;
         let message = match found {
             Ok(Some(class)) => return Ok(class.handler),
-            Ok(None) => format!("RuntimeClass {class:?} not found"),
-            Err(error) => format!("failed to get RuntimeClass {class:?}: {error}"),
+            Ok(None) => format!("runtimeclass.node.k8s.io {class:?} not found"),
+            Err(error) => format!("failed to lookup RuntimeClass {class}: {error}"),
         };
         let message = format!("Failed to create pod sandbox: {message}");
         Err(StepError::new("FailedCreatePodSandBox", message))

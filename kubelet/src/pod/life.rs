@@ -5,11 +5,14 @@
 //! the engine and another one comes. The [`World`] outlives agents: engine, node and apiserver.
 //! It is the reference: it knows only what happened, and complains when a rule is broken.
 
+use super::admission::Admission;
 use super::clock::Clock;
-use super::environment::{PodEnvironment, Rejection, StartContext, StepError};
+use super::environment::{PodEnvironment, Rejection, ResizeRefusal, StartContext, StepError};
 use super::fixture::{deleting, pod};
 use super::index::PodIndex;
 use super::manager::{Inputs, Manager};
+use super::resize::actuate::{Running, WantedResources};
+use super::resize::allocation::Allocation;
 use super::spec::{self, ContainerKind};
 use super::state::{BackoffLimits, EndingNote};
 use super::worker::WorkerDeps;
@@ -118,7 +121,27 @@ impl PodEnvironment for Node {
     type Volumes = ();
     type Image = ();
 
-    fn admit(&self, _: &Pod, _: &[Arc<Pod>]) -> Result<(), Rejection> {
+    fn admit(&self, _: &Pod, _: &[Arc<Pod>]) -> Result<Admission, Rejection> {
+        Ok(Admission::default())
+    }
+    fn admit_resize(&self, _: &Pod, _: &Pod, _: &[Arc<Pod>]) -> Result<Admission, ResizeRefusal> {
+        Ok(Admission::default())
+    }
+    fn load_allocation(&self, _: &str) -> Option<Allocation> {
+        None
+    }
+    fn save_allocation(&self, _: &str, _: &Allocation) -> Result<(), StepError> {
+        Ok(())
+    }
+    fn wanted_resources(&self, _: &Pod) -> Option<WantedResources> {
+        None
+    }
+    async fn resize(
+        &self,
+        _: &Arc<Pod>,
+        _: WantedResources,
+        _: Vec<Running>,
+    ) -> Result<(), StepError> {
         Ok(())
     }
     fn host_ips(&self) -> Vec<String> {
@@ -345,6 +368,7 @@ impl Agent {
             events,
             publisher: publisher.clone(),
             index: PodIndex::new(),
+            room: Arc::default(),
             backoff: BackoffLimits::default(),
             clock: world.clock,
         });

@@ -6,8 +6,11 @@
 //! whose manifest came back. After the first full sync of every source, and at every audit, pods
 //! that the node holds but nobody wants are ended and cleaned up.
 
-use super::environment::PodEnvironment;
+use super::admission;
+use super::environment::{PodEnvironment, Rejection};
 use super::mirror::Mirrors;
+use super::resize::ResizeNews;
+use super::resize::allocation::Allocation;
 use super::state::Cause;
 use super::worker::{Desired, Mailbox, Worker, WorkerDeps};
 use super::{measure, spec};
@@ -27,15 +30,22 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+mod resize;
+
 /// How often every worker looks again although nothing happened, and leftovers are looked for.
 /// It only checks: nothing should ever be found.
 const AUDIT: Duration = Duration::from_secs(60);
 
 /// A pod with a worker.
 #[derive(Debug)]
-struct Handle {
-    desired: watch::Sender<Desired>,
+pub(super) struct Handle {
+    /// What its worker was told.
+    pub(super) desired: watch::Sender<Desired>,
     mailbox: Arc<Mailbox>,
+    /// The newest object of its source.
+    pub(super) newest: Arc<Pod>,
+    /// What it was granted of that.
+    pub(super) allocation: Allocation,
 }
 
 /// The UIDs that finished last, as many as could still be shown by a stale list.
@@ -71,8 +81,8 @@ type Ended = (String, Arc<PodStatus>);
 /// Gives pods their workers.
 #[derive(Debug)]
 pub struct Manager<R: RuntimeService, E: PodEnvironment> {
-    deps: Arc<WorkerDeps<R, E>>,
-    workers: HashMap<String, Handle>,
+    pub(super) deps: Arc<WorkerDeps<R, E>>,
+    pub(super) workers: HashMap<String, Handle>,
     /// Pods that wait for their namesake, oldest first.
     queued: Vec<Desired>,
     /// UIDs that are finished: never taken up again, not even when a list from a stale cache of
@@ -155,6 +165,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
     /// Runs until cancelled. Running containers are left alone then.
     pub async fn run(mut self, mut inputs: Inputs, cancel: CancellationToken) {
         let mut news = self.deps.runtime.events();
+        let room = self.deps.room.clone();
         let mut audit = tokio::time::interval(AUDIT);
         audit.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -178,6 +189,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
                     }
                 }
                 event = news.recv() => self.news(event),
+                () = room.notified() => self.grant_waiting(),
                 Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
                     self.worker_ended(ended);
                 }
@@ -202,16 +214,22 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
         }
     }
 
+    /// Whether every source has shown everything it has.
+    pub(super) fn is_synced(&self) -> bool {
+        self.awaited.is_empty()
+    }
+
     /// A source has shown everything it has.
     fn synced(&mut self, source: Source) {
         self.awaited.remove(&source);
-        let all = self.awaited.is_empty();
+        let all = self.is_synced();
         if source == Source::Api || all {
             self.mirrors.synced(all);
         }
         if all {
             info!(pods = self.workers.len(), "Pods are synced");
             self.deps.index.set_synced();
+            self.grant_waiting();
             self.end_unknown();
         }
     }
@@ -230,7 +248,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
                 if source::is_static(&pod) {
                     self.mirrors.shown(&pod);
                 }
-                worker.desired.send_modify(|d| d.pod = pod);
+                self.changed(&uid, pod);
                 return;
             }
             // Its manifest came back while it ends: it starts again after that.
@@ -241,6 +259,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
         }
         let desired = Desired {
             pod,
+            resize: ResizeNews::default(),
             gone: false,
             rejected: None,
         };
@@ -259,12 +278,14 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
     fn gone(&mut self, pod: Arc<Pod>) {
         let uid = spec::uid(&pod);
         self.queued.retain(|d| spec::uid(&d.pod) != uid);
-        if let Some(worker) = self.workers.get(uid) {
+        if let Some(worker) = self.workers.get_mut(uid) {
             if source::is_static(&pod) {
                 self.mirrors.ending(&pod);
             }
+            worker.newest = pod.clone();
+            let granted = worker.allocation.granted(&pod).unwrap_or(pod);
             worker.desired.send_modify(|d| {
-                d.pod = pod.clone();
+                d.pod = granted;
                 d.gone = true;
             });
         }
@@ -301,28 +322,27 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
     /// Gives a pod its worker, after admission if it is new to this node.
     fn start(&mut self, mut desired: Desired) {
         let uid = spec::uid(&desired.pod).to_owned();
-        if self.is_new(&desired, &uid) {
-            let others: Vec<_> = self
-                .workers
-                .values()
-                .map(|w| w.desired.borrow())
-                // One that was refused takes nothing, even before the apiserver knows.
-                .filter(|d| d.rejected.is_none() && !spec::is_terminal(&d.pod))
-                .map(|d| d.pod.clone())
-                .collect();
-            if let Err(refusal) = self.deps.environment.admit(&desired.pod, &others) {
-                let warning = EventType::Warning;
-                let text = &refusal.message;
-                self.deps
-                    .events
-                    .pod_event(&desired.pod, None, warning, &refusal.reason, text);
-                let rejections = &metrics().admission_rejections;
-                rejections.with([&refusal.reason]).inc();
-                desired.rejected = Some(Cause::Failed {
-                    reason: refusal.reason,
-                    message: format!("Pod was rejected: {}", refusal.message),
-                });
-            }
+        let newest = desired.pod.clone();
+        let recorded = self.deps.environment.load_allocation(&uid);
+        let allocation = recorded.clone().unwrap_or_else(|| Allocation::of(&newest));
+        if let Some(granted) = allocation.granted(&newest) {
+            desired.pod = granted;
+            desired.resize.pending = resize::told(&newest);
+        }
+        if self.is_new(&desired, &uid)
+            && let Err(refusal) = self.admit(&desired.pod, &allocation, recorded.is_some())
+        {
+            let warning = EventType::Warning;
+            let text = &refusal.message;
+            self.deps
+                .events
+                .pod_event(&desired.pod, None, warning, &refusal.reason, text);
+            let rejections = &metrics().admission_rejections;
+            rejections.with([&refusal.reason]).inc();
+            desired.rejected = Some(Cause::Failed {
+                reason: refusal.reason,
+                message: format!("Pod was rejected: {}", refusal.message),
+            });
         }
         if source::is_static(&desired.pod) && !desired.gone {
             self.mirrors.shown(&desired.pod);
@@ -330,14 +350,64 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
         let mailbox = Arc::new(Mailbox::default());
         let (tx, rx) = watch::channel(desired);
         let worker = Worker::new(self.deps.clone(), rx, mailbox.clone());
-        self.workers.insert(
-            uid.clone(),
-            Handle {
-                desired: tx,
-                mailbox,
-            },
-        );
+        let handle = Handle {
+            desired: tx,
+            mailbox,
+            newest,
+            allocation,
+        };
+        self.workers.insert(uid.clone(), handle);
+        self.grant_waiting();
         self.tasks.spawn(async move { (uid, worker.run().await) });
+    }
+
+    /// Admits a new pod and records what it is granted.
+    fn admit(
+        &self,
+        pod: &Arc<Pod>,
+        allocation: &Allocation,
+        recorded: bool,
+    ) -> Result<(), Rejection> {
+        let others = self.others(spec::uid(pod));
+        let admission = self.deps.environment.admit(pod, &others)?;
+        self.preempt(&admission.preempt);
+        if !recorded {
+            let saved = self
+                .deps
+                .environment
+                .save_allocation(spec::uid(pod), allocation);
+            saved.map_err(|e| Rejection {
+                reason: e.reason,
+                message: e.message,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Ends pods that have to give room to a critical one.
+    pub(super) fn preempt(&self, victims: &[Arc<Pod>]) {
+        for victim in victims {
+            info!(pod = spec::describe(victim), "Preempting pod");
+            metrics().preemptions.with([""]).inc();
+            let cause = Cause::Failed {
+                reason: admission::PREEMPTING.to_owned(),
+                message: admission::PREEMPTED.to_owned(),
+            };
+            if let Some(worker) = self.workers.get(spec::uid(victim)) {
+                worker.desired.send_modify(|d| d.rejected = Some(cause));
+            }
+        }
+    }
+
+    /// The pods that use resources of the node beside `uid`, as they were granted.
+    pub(super) fn others(&self, uid: &str) -> Vec<Arc<Pod>> {
+        let others = self.workers.iter().filter(|(other, _)| *other != uid);
+        others
+            .filter(|(_, worker)| !worker.mailbox.is_released())
+            .map(|(_, worker)| worker.desired.borrow())
+            .filter(|desired| desired.rejected.is_none() && !spec::is_terminal(&desired.pod))
+            .map(|desired| desired.pod.clone())
+            .collect()
     }
 
     /// Whether a pod has nothing on this node yet and wants to run.
@@ -384,7 +454,8 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
 
     fn audit(&mut self) {
         self.wake_all();
-        if self.awaited.is_empty() {
+        if self.is_synced() {
+            self.grant_waiting();
             self.end_unknown();
         }
     }
@@ -409,6 +480,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
         } else {
             self.finished.insert(uid);
         }
+        self.grant_waiting();
         let mut still = Vec::new();
         for desired in std::mem::take(&mut self.queued) {
             if self.has_namesake(&desired.pod) {
@@ -461,6 +533,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
         });
         self.start(Desired {
             pod,
+            resize: ResizeNews::default(),
             gone: true,
             rejected: None,
         });

@@ -19,6 +19,7 @@ mod measure;
 pub mod mirror;
 mod old_logs;
 pub mod plan;
+pub mod resize;
 pub mod spec;
 pub mod state;
 mod termination;

@@ -97,6 +97,13 @@ impl Step {
         }
     }
 
+    /// Brings the next try of a failed step to this time.
+    pub fn retry_at(&mut self, at_ns: i64) {
+        if let Self::Failed(failure) = self {
+            failure.retry_at_ns = at_ns;
+        }
+    }
+
     /// The failure users should see: kept while the next try is in flight.
     pub fn failure(&self) -> Option<&Failure> {
         match self {
@@ -158,15 +165,15 @@ pub struct Steps {
     pub purge: Step,
     /// The final report and DELETE at the apiserver.
     pub farewell: Step,
+    /// Cgroups brought to what was granted; `Idle` again when they are.
+    pub resize: Step,
 }
 
 impl Steps {
     /// Steps that may have waited for an object of the API are due at once.
     pub fn retry_now(&mut self) {
         for step in std::iter::once(&mut self.volumes).chain(self.starts.values_mut()) {
-            if let Step::Failed(failure) = step {
-                failure.retry_at_ns = 0;
-            }
+            step.retry_at(0);
         }
     }
 }
@@ -182,6 +189,8 @@ pub struct Kill {
     pub step: Step,
     /// Users were told.
     pub told: bool,
+    /// It ends to start anew with other resources, whatever its restart policy says.
+    pub for_resize: bool,
 }
 
 /// What is kept on disk of an ending, so that a new agent goes on with it: it grants the grace

@@ -1,11 +1,17 @@
 //! Pods from source to publisher on the engine in memory.
 
+mod resize;
+
+use super::admission::Admission;
 use super::clock::Clock;
-use super::environment::{PodEnvironment, Rejection, StartContext, StepError};
+use super::environment::{PodEnvironment, Rejection, ResizeRefusal, StartContext, StepError};
 use super::fixture::{deleting, simple};
 use super::index::PodIndex;
 use super::manager::{Inputs, Manager};
 use super::mirror::Mirrors;
+use super::resize::actuate::{Running, WantedResources};
+use super::resize::allocation::Allocation;
+use super::resize::queue::compute_requests;
 use super::state::{BackoffLimits, EndingNote};
 use super::worker::WorkerDeps;
 use crate::events::EventSink;
@@ -33,14 +39,58 @@ struct FakeNode {
     leftovers: Mutex<Vec<String>>,
     torn_down: Mutex<Vec<String>>,
     notes: Mutex<BTreeMap<String, EndingNote>>,
+    room: Mutex<Option<i64>>,
+    allocations: Mutex<BTreeMap<String, Allocation>>,
+    resized: Mutex<Vec<String>>,
 }
 
 impl PodEnvironment for FakeNode {
     type Volumes = ();
     type Image = ();
 
-    fn admit(&self, _: &Pod, _: &[Arc<Pod>]) -> Result<(), Rejection> {
-        self.reject.lock().unwrap().clone().map_or(Ok(()), Err)
+    fn admit(&self, _: &Pod, _: &[Arc<Pod>]) -> Result<Admission, Rejection> {
+        let reject = self.reject.lock().unwrap().clone();
+        reject.map_or(Ok(Admission::default()), Err)
+    }
+    fn admit_resize(
+        &self,
+        pod: &Pod,
+        _: &Pod,
+        others: &[Arc<Pod>],
+    ) -> Result<Admission, ResizeRefusal> {
+        let Some(room) = *self.room.lock().unwrap() else {
+            return Ok(Admission::default());
+        };
+        let used: i64 = others.iter().map(|p| compute_requests(p).0).sum();
+        if used + compute_requests(pod).0 <= room {
+            return Ok(Admission::default());
+        }
+        Err(ResizeRefusal {
+            reason: "OutOfcpu".to_owned(),
+            infeasible: false,
+            message: "full".to_owned(),
+        })
+    }
+    fn load_allocation(&self, uid: &str) -> Option<Allocation> {
+        self.allocations.lock().unwrap().get(uid).cloned()
+    }
+    fn save_allocation(&self, uid: &str, allocation: &Allocation) -> Result<(), StepError> {
+        let mut all = self.allocations.lock().unwrap();
+        all.insert(uid.to_owned(), allocation.clone());
+        Ok(())
+    }
+    fn wanted_resources(&self, _: &Pod) -> Option<WantedResources> {
+        None
+    }
+    async fn resize(
+        &self,
+        pod: &Arc<Pod>,
+        _: WantedResources,
+        _: Vec<Running>,
+    ) -> Result<(), StepError> {
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        self.resized.lock().unwrap().push(uid);
+        Ok(())
     }
     fn host_ips(&self) -> Vec<String> {
         vec!["192.0.2.1".to_owned()]
@@ -171,6 +221,7 @@ impl Lab {
             index: index.clone(),
             backoff: BackoffLimits::default(),
             clock: Clock::Wall,
+            room: Arc::default(),
         });
         tokio::spawn(publisher.task(api.clone()).run(cancel.clone()));
         let (objects, objects_rx) = mpsc::channel(8);

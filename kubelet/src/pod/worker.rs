@@ -5,6 +5,9 @@
 //!
 //! Dropping the task (the agent stops) drops its actions and touches no container.
 
+mod desire;
+
+use super::admission;
 use super::clock::{Clock, nanoseconds};
 use super::environment::PodEnvironment;
 use super::execute::{self, Ended, Outcome};
@@ -12,6 +15,8 @@ use super::index::{ContainerRefs, PodEntry, PodIndex};
 use super::measure::Measure;
 use super::plan::kill::{self, words};
 use super::plan::{self, Action, KillReason, PlanInput, PodPlan, Waiting};
+use super::resize::ResizeNews;
+use super::resize::tracker::ResizeTracker;
 use super::spec;
 use super::state::{
     BackoffLimits, Cause, CrashBackoff, EndingNote, Health, Kill, Lifecycle, Step, Steps,
@@ -52,16 +57,20 @@ pub struct WorkerDeps<R, E> {
     pub backoff: BackoffLimits,
     /// The time.
     pub clock: Clock,
+    /// Rung when a pod has given resources back: requests that wait may fit now.
+    pub room: Arc<Notify>,
 }
 
 /// What a pod shall be.
 #[derive(Debug, Clone)]
 pub struct Desired {
-    /// Newest object; of an orphan only its names.
+    /// Newest object, with the resources it was granted; of an orphan only its names.
     pub pod: Arc<Pod>,
+    /// What became of requests for other resources.
+    pub resize: ResizeNews,
     /// The source no longer has it.
     pub gone: bool,
-    /// The node refuses it.
+    /// The node refuses it, or ends it for the sake of others.
     pub rejected: Option<Cause>,
 }
 
@@ -71,6 +80,7 @@ pub struct Mailbox {
     wake: Notify,
     probes: Mutex<Vec<ProbeUpdate>>,
     retry: AtomicBool,
+    released: AtomicBool,
 }
 
 impl Mailbox {
@@ -94,6 +104,11 @@ impl Mailbox {
         self.wake();
     }
 
+    /// Whether the pod has given its resources back: it does not count for admission any more.
+    pub fn is_released(&self) -> bool {
+        self.released.load(Ordering::Acquire)
+    }
+
     fn take_probes(&self) -> Vec<ProbeUpdate> {
         std::mem::take(&mut *self.probes.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -113,6 +128,8 @@ pub struct Worker<R: RuntimeService, E: PodEnvironment> {
     pub(super) volumes: Option<E::Volumes>,
     pub(super) images: BTreeMap<String, E::Image>,
     pub(super) messages: BTreeMap<ContainerId, String>,
+    pub(super) resize: ResizeTracker,
+    ended: Option<Cause>,
     announced_backoff: BTreeMap<String, ContainerId>,
     status: Arc<PodStatus>,
     published: bool,
@@ -158,6 +175,9 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             };
             steps.kills.insert(id, kill);
         }
+        let mut resize = ResizeTracker::new(&reported);
+        resize.wanted = deps.environment.wanted_resources(&first.pod);
+        resize.take(&first.resize);
         Self {
             deps,
             desired,
@@ -171,6 +191,8 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             volumes: None,
             images: BTreeMap::new(),
             messages: BTreeMap::new(),
+            resize,
+            ended: None,
             announced_backoff: BTreeMap::new(),
             status: Arc::new(reported),
             published: false,
@@ -214,33 +236,6 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         .await
     }
 
-    /// Reads the newest desire.
-    fn take_desired(&mut self) {
-        if !self.desired.has_changed().unwrap_or(false) {
-            return;
-        }
-        let newest = self.desired.borrow_and_update().clone();
-        self.measure.updated();
-        let old = std::mem::replace(&mut self.pod, newest.pod);
-        self.gone |= newest.gone;
-        self.published = false;
-        let shown = |p: &Pod| {
-            let m = &p.metadata;
-            (m.labels.clone(), m.annotations.clone(), m.generation)
-        };
-        if self.volumes.is_some() && shown(&old) != shown(&self.pod) {
-            let environment = self.deps.environment.clone();
-            let pod = self.pod.clone();
-            self.actions.spawn(async move {
-                environment.update_volumes(&pod).await;
-                Outcome {
-                    ended: Ended::VolumesUpdated,
-                    result: Ok(()),
-                }
-            });
-        }
-    }
-
     /// One look: observe, plan, report, act.
     fn step(&mut self) -> Next {
         let now = self.deps.clock.now();
@@ -256,6 +251,8 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             self.steps.retry_now();
         }
         self.track(&observed);
+        let told = self.resize.look(&self.pod, &observed, &self.steps);
+        self.tell_resize(told);
         let plan = plan::plan(&PlanInput {
             pod: &self.pod,
             gone: self.gone,
@@ -264,6 +261,8 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             steps: &self.steps,
             health: &self.health,
             backoffs: &self.backoffs,
+            ended: self.ended.as_ref(),
+            resize: self.resize.view(),
             start_time_ns: nanoseconds(self.start_time),
             now_ns: nanoseconds(now),
         });
@@ -314,12 +313,21 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
                 pull.abort();
             }
             if let Cause::Failed { reason, message } = &ending.cause {
+                let type_ = if reason == admission::PREEMPTING {
+                    EventType::Warning
+                } else {
+                    EventType::Normal
+                };
                 self.deps
                     .events
-                    .pod_event(&self.pod, None, EventType::Normal, reason, message);
+                    .pod_event(&self.pod, None, type_, reason, message);
             }
         }
         self.lifecycle = lifecycle;
+        if let Lifecycle::Terminated(_) = self.lifecycle {
+            self.mailbox.released.store(true, Ordering::Release);
+            self.deps.room.notify_one();
+        }
         if observed.running().next().is_some() {
             self.keep_note();
         }
@@ -336,6 +344,11 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             deadline_ns: i64::MAX,
             ..Kill::default()
         });
+        if reason == KillReason::Resize {
+            kill.for_resize = true;
+            // Other resources are a fresh start: crashes before do not delay it.
+            self.backoffs.remove(container);
+        }
         if !std::mem::replace(&mut kill.told, true) {
             let text = words(&self.pod, container, reason);
             self.container_event(container, EventType::Normal, "Killing", text);
@@ -454,6 +467,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             health: &self.health,
             waiting,
             starts: &self.steps.starts,
+            resize: self.resize.view(),
             termination_messages: &self.messages,
             host_ips: &host_ips,
             start_time: self.start_time,
@@ -500,6 +514,9 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             self.deps
                 .events
                 .pod_event(&self.pod, None, EventType::Normal, "SandboxChanged", text);
+        }
+        if matches!(action, Action::RunSandbox { .. } | Action::Resize) {
+            self.resize.begin();
         }
         let is_pull = matches!(action, Action::EnsureImage { .. });
         let handle = execute::begin(self, action, observed, self.status.clone());

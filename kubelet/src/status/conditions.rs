@@ -1,7 +1,10 @@
 //! The pod conditions a node writes. Pure.
 
-use super::derive::DeriveInput;
+use super::derive::{DeriveInput, is_terminal_phase};
+use crate::pod::admission;
+use crate::pod::resize;
 use crate::pod::spec::{self, ContainerKind};
+use crate::pod::state::{Cause, Lifecycle};
 use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition, PodSpec, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -13,6 +16,25 @@ pub(crate) const OWNED: [&str; 5] = [
     "ContainersReady",
     "PodScheduled",
 ];
+
+/// Conditions about requests for other resources; they are there only while such a request is
+/// under way.
+const RESIZE: [&str; 2] = [resize::PENDING, resize::IN_PROGRESS];
+
+/// Whether a condition type is this node's.
+fn is_owned(type_: &str) -> bool {
+    OWNED.contains(&type_) || RESIZE.contains(&type_)
+}
+
+/// A pod is ended for the sake of others. Several may write it; it is ours with our reason.
+const DISRUPTION_TARGET: &str = "DisruptionTarget";
+const BY_KUBELET: &str = "TerminationByKubelet";
+
+/// Whether a condition was written by this node.
+pub(super) fn is_ours(condition: &PodCondition) -> bool {
+    let by_kubelet = condition.reason.as_deref() == Some(BY_KUBELET);
+    is_owned(&condition.type_) || condition.type_ == DISRUPTION_TARGET && by_kubelet
+}
 
 /// A condition's value before times are filled in.
 struct Value {
@@ -54,9 +76,12 @@ pub(super) fn conditions(
     let mut all: Vec<_> = newest
         .unwrap_or(previous)
         .iter()
-        .filter(|c| !OWNED.contains(&c.type_.as_str()))
+        .filter(|c| !is_owned(&c.type_))
         .cloned()
         .collect();
+    if preempted(input) && !all.iter().any(|c| c.type_ == DISRUPTION_TARGET) {
+        all.push(disruption_target(input));
+    }
     let containers_ready = containers_ready(spec, status);
     let ready = ready(spec, &containers_ready, &all);
     let values = [
@@ -70,10 +95,69 @@ pub(super) fn conditions(
         containers_ready,
         Value::TRUE,
     ];
+    if !is_terminal_phase(status) {
+        all.extend(resizing(input, previous));
+    }
     for (type_, value) in OWNED.iter().zip(values) {
         all.push(condition(input, previous, type_, value));
     }
     all
+}
+
+/// Whether the node ends the pod for the sake of another.
+fn preempted(input: &DeriveInput<'_>) -> bool {
+    let cause = match input.lifecycle {
+        Lifecycle::Terminating(ending) => &ending.cause,
+        Lifecycle::Terminated(cause) => cause,
+        Lifecycle::Syncing | Lifecycle::Finished => return false,
+    };
+    matches!(cause, Cause::Failed { reason, .. } if reason == admission::PREEMPTING)
+}
+
+fn disruption_target(input: &DeriveInput<'_>) -> PodCondition {
+    PodCondition {
+        type_: DISRUPTION_TARGET.to_owned(),
+        status: "True".to_owned(),
+        reason: Some(BY_KUBELET.to_owned()),
+        message: Some("Pod was preempted by Kubelet to accommodate a critical pod.".to_owned()),
+        last_transition_time: Some(Time(input.now)),
+        observed_generation: input.pod.metadata.generation,
+        ..PodCondition::default()
+    }
+}
+
+/// The conditions of a request that waits and of one that is being carried out. Their times move
+/// with the reason, their generation is that of the request.
+fn resizing(input: &DeriveInput<'_>, previous: &[PodCondition]) -> Vec<PodCondition> {
+    let make = |type_: &str, reason: Option<&str>, message: Option<&str>, generation: i64| {
+        let since = previous
+            .iter()
+            .find(|c| c.type_ == type_ && c.reason.as_deref() == reason)
+            .and_then(|c| c.last_transition_time.clone());
+        PodCondition {
+            type_: type_.to_owned(),
+            status: "True".to_owned(),
+            reason: reason.map(str::to_owned),
+            message: message.map(str::to_owned),
+            last_transition_time: Some(since.unwrap_or(Time(input.now))),
+            observed_generation: Some(generation),
+            ..PodCondition::default()
+        }
+    };
+    let pending = input.resize.pending.map(|p| {
+        let message = Some(p.message.as_str()).filter(|m| !m.is_empty());
+        make(resize::PENDING, Some(p.reason()), message, p.generation)
+    });
+    let progress = input.resize.progress.map(|p| {
+        let error = p.error.as_deref();
+        make(
+            resize::IN_PROGRESS,
+            error.map(|_| "Error"),
+            error,
+            p.generation,
+        )
+    });
+    pending.into_iter().chain(progress).collect()
 }
 
 /// Fills in generation and transition time: the latter moves only when the status does.

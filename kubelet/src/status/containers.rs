@@ -1,6 +1,7 @@
 //! Container statuses from what the runtime holds. Pure.
 
 use super::derive::{DeriveInput, time};
+use super::resources;
 use crate::pod::spec::{self, ContainerKind, ContainerRef};
 use crate::pod::state::{Lifecycle, Step};
 use k8s_openapi::api::core::v1::{
@@ -93,11 +94,6 @@ fn one(
                 container.spec.readiness_probe.is_none()
                     || input.health.ready.get(&c.id) == Some(&true)
             });
-    let requests = container
-        .spec
-        .resources
-        .as_ref()
-        .and_then(|r| r.requests.clone());
     ContainerStatus {
         name: name.clone(),
         state: Some(state),
@@ -120,8 +116,8 @@ fn one(
             .filter(|c| !matches!(c.state, rt::ContainerState::Created))
             .map(|c| format!("{ID_SCHEME}{}", c.id))
             .or_else(|| before.and_then(|b| b.container_id.clone())),
-        allocated_resources: requests.filter(|r| running && !r.is_empty()),
-        resources: container.spec.resources.clone().filter(|_| running),
+        allocated_resources: newest.and_then(|_| resources::allocated(container.spec)),
+        resources: newest.map(|c| resources::in_force(container.spec, c)),
         volume_mounts: volume_mounts(container.spec),
         user: newest.and_then(user),
         ..ContainerStatus::default()

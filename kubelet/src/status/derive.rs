@@ -1,8 +1,9 @@
 //! A pod's status from its spec, its state and what the runtime holds. Pure.
 
-use super::{conditions, containers, last_words};
+use super::{conditions, containers, last_words, resources};
 use crate::observe::PodObservation;
 use crate::pod::plan::Waiting;
+use crate::pod::resize::tracker::ResizeView;
 use crate::pod::spec::{self, ContainerKind, RestartPolicy};
 use crate::pod::state::{Cause, Health, Lifecycle, Step};
 use jiff::Timestamp;
@@ -28,6 +29,8 @@ pub struct DeriveInput<'a> {
     pub waiting: &'a BTreeMap<String, Waiting>,
     /// Starts by container name: one in flight (its postStart hook may run) is not running yet.
     pub starts: &'a BTreeMap<String, Step>,
+    /// Resources granted and in force.
+    pub resize: ResizeView<'a>,
     /// Last words of dead containers.
     pub termination_messages: &'a BTreeMap<ContainerId, String>,
     /// Addresses of the node, first is primary.
@@ -77,6 +80,9 @@ pub fn derive(input: &DeriveInput<'_>) -> PodStatus {
         last_words::settle(spec, &mut status);
     }
     last_words::bound(spec, &mut status);
+    if !rejected {
+        resources::of_pod(input, &mut status);
+    }
     let network_ready = addresses(input, spec, &mut status);
     if !rejected {
         status.conditions = Some(conditions::conditions(input, spec, &status, network_ready));

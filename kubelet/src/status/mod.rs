@@ -9,5 +9,6 @@ pub mod derive;
 mod last_words;
 mod patch;
 pub mod publish;
+mod resources;
 #[cfg(test)]
 mod tests;

@@ -1,11 +1,11 @@
 //! The smallest patch that brings the apiserver's pod status to ours. Pure.
 
-use super::conditions::OWNED;
+use super::conditions::{OWNED, is_ours};
 use k8s_openapi::api::core::v1::{PodCondition, PodStatus};
 use serde_json::{Map, Value, json};
 
 /// Fields of the status this node writes. Others belong to the apiserver or other controllers.
-const FIELDS: [&str; 13] = [
+const FIELDS: [&str; 15] = [
     "observedGeneration",
     "phase",
     "reason",
@@ -19,6 +19,8 @@ const FIELDS: [&str; 13] = [
     "initContainerStatuses",
     "containerStatuses",
     "ephemeralContainerStatuses",
+    "allocatedResources",
+    "resources",
 ];
 
 /// Lists the apiserver merges by key, and therefore would never shrink without being told to.
@@ -40,6 +42,12 @@ pub(super) fn patch(uid: &str, base: &PodStatus, wanted: &PodStatus) -> Option<V
             continue;
         }
         let mut new = new.cloned().unwrap_or(Value::Null);
+        if old.is_some()
+            && let Value::Object(fields) = &mut new
+        {
+            // Merged key by key otherwise.
+            fields.insert("$patch".to_owned(), json!("replace"));
+        }
         if MERGED_LISTS.contains(&field)
             && old.is_some()
             && let Value::Array(items) = &mut new
@@ -58,8 +66,13 @@ pub(super) fn patch(uid: &str, base: &PodStatus, wanted: &PodStatus) -> Option<V
 /// that is not there any more has to be taken away in so many words.
 fn conditions(old: Option<&Value>, new: Option<&Value>) -> Value {
     let list = |v: Option<&Value>| v.and_then(Value::as_array).cloned().unwrap_or_default();
-    let old = list(old);
-    let changed = list(new).into_iter().filter_map(|mut condition| {
+    let (old, new) = (list(old), list(new));
+    let gone: Vec<Value> = old
+        .iter()
+        .filter(|o| !new.iter().any(|n| n["type"] == o["type"]))
+        .map(|o| json!({"$patch": "delete", "type": o["type"]}))
+        .collect();
+    let changed = new.into_iter().filter_map(|mut condition| {
         let before = old.iter().find(|o| o["type"] == condition["type"]);
         if before == Some(&condition) {
             return None;
@@ -76,7 +89,7 @@ fn conditions(old: Option<&Value>, new: Option<&Value>) -> Value {
         }
         Some(condition)
     });
-    changed.collect()
+    changed.chain(gone).collect()
 }
 
 /// The fields we own as JSON: times in whole seconds, as the apiserver keeps them. Conditions are
@@ -86,7 +99,7 @@ fn owned_fields(status: &PodStatus) -> Map<String, Value> {
         .conditions
         .iter()
         .flatten()
-        .filter(|c| OWNED.contains(&c.type_.as_str()))
+        .filter(|c| is_ours(c))
         .cloned()
         .collect();
     conditions.sort_by_key(|c| OWNED.iter().position(|t| *t == c.type_));
@@ -146,6 +159,29 @@ mod tests {
         assert_eq!(
             *sent,
             json!([{"type": "Ready", "status": "True", "reason": null}])
+        );
+    }
+
+    #[test]
+    fn a_condition_of_ours_that_is_over_is_deleted() {
+        let with = |types: &[&str]| PodStatus {
+            conditions: Some(
+                types
+                    .iter()
+                    .map(|t| PodCondition {
+                        type_: (*t).to_owned(),
+                        status: "True".to_owned(),
+                        ..PodCondition::default()
+                    })
+                    .collect(),
+            ),
+            ..PodStatus::default()
+        };
+        let base = with(&["PodResizeInProgress", "PodScheduled"]);
+        let patch = patch("u", &base, &with(&["PodScheduled"])).unwrap();
+        assert_eq!(
+            patch["status"]["conditions"],
+            json!([{"$patch": "delete", "type": "PodResizeInProgress"}])
         );
     }
 

@@ -2,6 +2,7 @@ use super::derive::{DeriveInput, derive};
 use crate::observe::PodObservation;
 use crate::pod::fixture::{container, exited, observed, pod, running, sandbox, simple};
 use crate::pod::plan::Waiting;
+use crate::pod::resize::tracker::ResizeView;
 use crate::pod::state::{Cause, Health, Lifecycle, Terminating};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
@@ -43,6 +44,7 @@ impl Case {
             health: &self.health,
             waiting: &self.waiting,
             starts: &BTreeMap::new(),
+            resize: ResizeView::default(),
             termination_messages: &self.messages,
             host_ips: &["192.0.2.1".to_owned()],
             start_time: Timestamp::from_second(90).unwrap(),

@@ -142,6 +142,10 @@ pub trait Cgroups: std::fmt::Debug + Send + Sync {
     /// [`CgroupError`] naming the first file that was refused.
     fn apply(&self, path: &str, limits: &Limits) -> Result<(), CgroupError>;
 
+    /// Quota, period, memory limit and (v1) shares in force, `-1` for unlimited; none when the
+    /// cgroup is not there. What cannot be read stays `None`.
+    fn limits(&self, path: &str) -> Option<Limits>;
+
     /// Allows these devices only.
     ///
     /// # Errors

@@ -202,3 +202,27 @@ fn on_this_kernel_a_process_and_its_children_are_killed_and_nothing_is_left() {
     real.0.remove("/").unwrap();
     assert!(!real.0.exists("/"));
 }
+
+#[test]
+fn limits_in_force_are_read_back_on_both_kernels() {
+    let check = |cgroups: &dyn Cgroups, shares: Option<u64>| {
+        assert_eq!(cgroups.limits("/gone"), None);
+        cgroups.ensure("/a").unwrap();
+        cgroups.apply("/a", &limits()).unwrap();
+        let got = cgroups.limits("/a").unwrap();
+        assert_eq!(got.cpu_shares, shares);
+        assert_eq!(got.cpu_quota_us, Some(50_000));
+        assert_eq!(got.cpu_period_us, Some(100_000));
+        assert_eq!(got.memory_bytes, Some(64 << 20));
+        let open = Limits {
+            cpu_quota_us: Some(-1),
+            memory_bytes: Some(-1),
+            ..Limits::default()
+        };
+        cgroups.apply("/a", &open).unwrap();
+        let got = cgroups.limits("/a").unwrap();
+        assert_eq!((got.cpu_quota_us, got.memory_bytes), (Some(-1), Some(-1)));
+    };
+    check(&v1().1, Some(512));
+    check(&v2().1, None);
+}

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 /// A limit of the kernel for "no limit" is about `i64::MAX` rounded to pages.
 const UNLIMITED: u64 = 1 << 62;
+const UNLIMITED_BYTES: i64 = 1 << 62;
 
 /// rmdir is refused for a moment after the last process left; tries and their growing pauses.
 const REMOVE_ATTEMPTS: u32 = 9;
@@ -291,6 +292,27 @@ impl<F: Files> Cgroups for V1<F> {
             self.write(&file, &bytes.to_string())?;
         }
         Ok(())
+    }
+
+    fn limits(&self, path: &str) -> Option<Limits> {
+        let cpu = self.dir("cpu", path).ok()?;
+        let memory = self.dir("memory", path).ok()?;
+        if !self.exists(path) {
+            return None;
+        }
+        let signed = |dir: &Option<PathBuf>, file: &str| -> Option<i64> {
+            let content = self.files.read(&dir.as_ref()?.join(file)).ok()?;
+            content.trim().parse().ok()
+        };
+        let quota = signed(&cpu, "cpu.cfs_quota_us");
+        let bytes = signed(&memory, "memory.limit_in_bytes");
+        Some(Limits {
+            cpu_shares: self.read_number(cpu.clone(), "cpu.shares"),
+            cpu_quota_us: quota,
+            cpu_period_us: self.read_number(cpu, "cpu.cfs_period_us"),
+            memory_bytes: bytes.map(|bytes| if bytes < UNLIMITED_BYTES { bytes } else { -1 }),
+            ..Limits::default()
+        })
     }
 
     fn set_devices(&self, path: &str, allowed: &[DeviceRule]) -> Result<(), CgroupError> {

@@ -195,6 +195,27 @@ impl<F: Files> Cgroups for V2<F> {
         Ok(())
     }
 
+    fn limits(&self, path: &str) -> Option<Limits> {
+        if !self.exists(path) {
+            return None;
+        }
+        let dir = self.dir(path).ok()?;
+        let read = |file: &str| self.files.read(&dir.join(file)).ok();
+        // `max` is unlimited.
+        let number = |word: &str| match word {
+            "max" => Some(-1),
+            word => word.parse().ok(),
+        };
+        let cpu = read("cpu.max").unwrap_or_default();
+        let mut cpu = cpu.split_whitespace();
+        Some(Limits {
+            cpu_quota_us: cpu.next().and_then(number),
+            cpu_period_us: cpu.next().and_then(|period| period.parse().ok()),
+            memory_bytes: read("memory.max").and_then(|content| number(content.trim())),
+            ..Limits::default()
+        })
+    }
+
     fn set_devices(&self, path: &str, allowed: &[DeviceRule]) -> Result<(), CgroupError> {
         if allowed.iter().any(DeviceRule::is_everything) {
             return Ok(());

@@ -425,7 +425,7 @@ pub(crate) async fn update(inner: Arc<Inner>, id: ContainerId, resources: Resour
         let cgroup = container.with(|r| r.cgroup.clone());
         inner.cgroups.apply(&cgroup, &limits(&resources))?;
         let record = container.change(|r| {
-            r.resources = merged(&r.resources, resources);
+            r.resources = r.resources.updated_by(resources);
             let mut on_disk = r.clone();
             // Running is the shim's to know, see `state`.
             if let Phase::Running { .. } = on_disk.phase {
@@ -436,23 +436,4 @@ pub(crate) async fn update(inner: Arc<Inner>, id: ContainerId, resources: Resour
         store::save(&inner.config, &record)
     })
     .await
-}
-
-/// Limits in force after an update: what it does not name stays.
-fn merged(old: &Resources, new: Resources) -> Resources {
-    let mut hugepage_limits = old.hugepage_limits.clone();
-    hugepage_limits.extend(new.hugepage_limits);
-    let mut unified = old.unified.clone();
-    unified.extend(new.unified);
-    Resources {
-        cpu_shares: new.cpu_shares.or(old.cpu_shares),
-        cpu_quota_us: new.cpu_quota_us.or(old.cpu_quota_us),
-        cpu_period_us: new.cpu_period_us.or(old.cpu_period_us),
-        memory_limit_bytes: new.memory_limit_bytes.or(old.memory_limit_bytes),
-        pids_limit: new.pids_limit.or(old.pids_limit),
-        cpuset_cpus: new.cpuset_cpus.or_else(|| old.cpuset_cpus.clone()),
-        cpuset_mems: new.cpuset_mems.or_else(|| old.cpuset_mems.clone()),
-        hugepage_limits,
-        unified,
-    }
 }

@@ -59,7 +59,7 @@ fn check(config: &SandboxConfig) -> Result<()> {
     let invalid = |message: String| Err(error(RuntimeErrorKind::Invalid, message));
     match config.runtime_handler.as_str() {
         "" | "ferrule" => {}
-        other => return invalid(format!("no runtime for handler {other:?}")),
+        other => return invalid(format!("no runtime for {other:?} is configured")),
     }
     for (field, mode) in [("network", &config.network), ("ipc", &config.ipc)] {
         match mode {

@@ -7,6 +7,7 @@ mod settle;
 use super::environment::{PodEnvironment, StepError};
 use super::old_logs;
 use super::plan::Action;
+use super::resize::actuate::Running;
 use super::spec;
 use super::state::{CrashBackoff, Step, Steps};
 use super::worker::{Worker, WorkerDeps};
@@ -54,6 +55,8 @@ pub(super) enum Ended<E: PodEnvironment> {
     TornDown,
     /// Directories are removed.
     Purged,
+    /// Cgroups are as granted.
+    Resized,
     /// The apiserver confirmed the deletion.
     Farewell,
 }
@@ -94,6 +97,7 @@ fn step<'a>(steps: &'a mut Steps, action: &Action) -> Option<&'a mut Step> {
         Action::RemoveContainer(id) => steps.container_removals.entry(id.clone()).or_default(),
         Action::Teardown => &mut steps.teardown,
         Action::Purge => &mut steps.purge,
+        Action::Resize => &mut steps.resize,
         Action::Farewell => &mut steps.farewell,
         Action::KillContainer(_) | Action::PreStop(_) => return None,
     })
@@ -144,6 +148,14 @@ pub(super) fn begin<R: RuntimeService, E: PodEnvironment>(
         Action::Teardown => worker.actions.spawn(async move {
             Outcome::new(Ended::TornDown, deps.environment.teardown(&pod).await)
         }),
+        Action::Resize => {
+            let wanted = worker.resize.wanted.clone().unwrap_or_default();
+            let running = resizable(worker, observed);
+            worker.actions.spawn(async move {
+                let result = deps.environment.resize(&pod, wanted, running).await;
+                Outcome::new(Ended::Resized, result)
+            })
+        }
         Action::Purge => worker
             .actions
             .spawn(async move { Outcome::new(Ended::Purged, deps.environment.purge(&pod).await) }),
@@ -159,6 +171,24 @@ pub(super) fn begin<R: RuntimeService, E: PodEnvironment>(
         Action::PreStop(hook) => container::begin_pre_stop(worker, hook, observed),
         Action::KillContainer(kill) => container::begin_kill(worker, kill),
     }
+}
+
+/// Running containers whose limits may change as they run.
+fn resizable<R: RuntimeService, E: PodEnvironment>(
+    worker: &Worker<R, E>,
+    observed: &PodObservation,
+) -> Vec<Running> {
+    let view = worker.resize.view();
+    let running = observed
+        .running()
+        .filter(|c| !view.restarts(&worker.pod, c));
+    running
+        .map(|c| Running {
+            id: c.id.clone(),
+            name: c.config.name.clone(),
+            resources: c.resources.clone(),
+        })
+        .collect()
 }
 
 /// A value beside its error.

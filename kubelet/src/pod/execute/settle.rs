@@ -28,7 +28,19 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
                 self.volumes = volumes.or(self.volumes.take());
             }
             Ended::VolumesUpdated => {}
-            Ended::Sandbox => finish(&mut steps.sandbox, Step::Idle),
+            Ended::Sandbox => {
+                finish(&mut steps.sandbox, Step::Idle);
+                self.resize.end(ok);
+            }
+            Ended::Resized => {
+                finish(&mut steps.resize, Step::Idle);
+                self.resize.end(ok);
+                if let Err(error) = &result {
+                    let generation = self.pod.metadata.generation.unwrap_or(0);
+                    let told = self.resize.fail(&error.message, generation);
+                    self.tell_resize(told);
+                }
+            }
             Ended::SandboxStopped(id) => {
                 finish(steps.sandbox_stops.entry(id).or_default(), Step::Done);
             }
@@ -98,7 +110,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
                 debug!(reason = error.reason, error = error.message, "Step failed");
             }
             // Their own makers have said it.
-            Ended::Image { .. } | Ended::Start { .. } => {
+            Ended::Image { .. } | Ended::Start { .. } | Ended::Resized => {
                 debug!(reason = error.reason, error = error.message, "Step failed");
             }
             Ended::SandboxStopped(_)

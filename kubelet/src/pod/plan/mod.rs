@@ -8,11 +8,13 @@
 mod end;
 mod keep;
 pub mod kill;
+mod resize;
 mod sync;
 #[cfg(test)]
 mod tests;
 
 use crate::observe::PodObservation;
+use crate::pod::resize::tracker::ResizeView;
 use crate::pod::spec;
 use crate::pod::state::{Cause, CrashBackoff, Health, Lifecycle, Steps, Terminating};
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
@@ -37,6 +39,10 @@ pub struct PlanInput<'a> {
     pub health: &'a Health,
     /// Restart back-off by container name.
     pub backoffs: &'a BTreeMap<String, CrashBackoff>,
+    /// The node ends the pod for the sake of others.
+    pub ended: Option<&'a Cause>,
+    /// Cgroup limits: granted and given.
+    pub resize: ResizeView<'a>,
     /// When this node first took the pod up, nanoseconds since the epoch.
     pub start_time_ns: i64,
     /// Now, nanoseconds since the epoch.
@@ -95,6 +101,8 @@ pub enum KillReason {
     SpecChanged,
     /// Its postStart hook failed.
     PostStart,
+    /// It was granted other resources and its policy wants a new start for them.
+    Resize,
 }
 
 /// One thing to do. Each is idempotent.
@@ -122,6 +130,8 @@ pub enum Action {
     PreStop(PreStop),
     /// Stop an instance.
     KillContainer(KillContainer),
+    /// Bring the pod's cgroups to what was granted.
+    Resize,
     /// Forget a dead instance.
     RemoveContainer(ContainerId),
     /// Give volumes and the pod cgroup back.
@@ -203,7 +213,12 @@ fn advance(input: &PlanInput<'_>) -> Lifecycle {
                     grace_s,
                     deadline_ns: kill::deadline_ns(input.now_ns, grace_s),
                 })
-            } else if let Some(cause) = overdue(input).or_else(|| sync::verdict(input)) {
+            } else if let Some(cause) = input
+                .ended
+                .cloned()
+                .or_else(|| overdue(input))
+                .or_else(|| sync::verdict(input))
+            {
                 let grace_s = spec::grace_seconds(input.pod);
                 Lifecycle::Terminating(Terminating {
                     cause,

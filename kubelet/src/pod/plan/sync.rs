@@ -1,6 +1,7 @@
 //! A pod that shall run: which containers start, wait, or are replaced.
 
 use super::kill::{self, Doom};
+use super::resize::killed_for_resize;
 use super::{Action, KillReason, PlanInput, PodPlan, StartContainer, Waiting};
 use crate::launch::ANNOTATION_HASH;
 use crate::launch::hash::container_hash;
@@ -30,6 +31,7 @@ pub(super) fn verdict(input: &PlanInput<'_>) -> Option<Cause> {
         input
             .observed
             .newest(&c.spec.name)
+            .filter(|instance| !killed_for_resize(input, instance))
             .and_then(observe::exit)
             .is_some_and(|(code, _)| !spec::should_restart(spec, c, code))
     };
@@ -65,6 +67,7 @@ pub(super) fn plan(input: &PlanInput<'_>) -> PodPlan {
     plan.wake_at(input.steps.volumes.retry_at_ns());
     let sandbox = sandbox(input, &mut plan);
     replace_unfit(input, spec, &mut plan);
+    super::resize::plan(input, sandbox, &mut plan);
     let mut starts = ephemeral(input, spec);
     starts.extend(wanted(input, spec, sandbox, &mut plan));
     prefetch(input, spec, &mut plan);
@@ -122,12 +125,16 @@ fn replace_unfit(input: &PlanInput<'_>, spec: &PodSpec, plan: &mut PodPlan) {
             Some(UnhealthyKind::Startup) => KillReason::Startup,
             Some(UnhealthyKind::PostStart) => KillReason::PostStart,
             None if is_outdated(container, instance) => KillReason::SpecChanged,
+            None if input.resize.restarts(input.pod, instance) => KillReason::Resize,
             None => continue,
         };
         let probe_grace = match reason {
             KillReason::Liveness => container.spec.liveness_probe.as_ref(),
             KillReason::Startup => container.spec.startup_probe.as_ref(),
-            KillReason::SpecChanged | KillReason::PodEnds | KillReason::PostStart => None,
+            KillReason::SpecChanged
+            | KillReason::Resize
+            | KillReason::PodEnds
+            | KillReason::PostStart => None,
         }
         .and_then(|p| p.termination_grace_period_seconds)
         .and_then(|s| u64::try_from(s).ok());
@@ -292,7 +299,8 @@ fn want<'a>(
             ..
         } => {
             // In a new sandbox init containers run again even if they succeeded before.
-            let again = container.kind == ContainerKind::Init && current.is_none();
+            let again = container.kind == ContainerKind::Init && current.is_none()
+                || killed_for_resize(input, newest);
             if !again && !spec::should_restart(spec, container, *exit_code) {
                 return None;
             }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::pod::fixture::{container, deleting, exited, observed, pod, running, sandbox, simple};
+use crate::pod::resize::tracker::ResizeTracker;
 use crate::pod::state::{Failure, Kill, SECOND_NS, Step, UnhealthyKind};
 use runtime::service::{ContainerState, SandboxState};
 use serde_json::json;
@@ -13,6 +14,8 @@ struct Case {
     steps: Steps,
     health: Health,
     backoffs: BTreeMap<String, CrashBackoff>,
+    ended: Option<Cause>,
+    resize: ResizeTracker,
     now_s: i64,
 }
 
@@ -32,6 +35,8 @@ impl Case {
             steps,
             health: Health::default(),
             backoffs: BTreeMap::new(),
+            ended: None,
+            resize: ResizeTracker::default(),
             now_s: 100,
         }
     }
@@ -54,6 +59,8 @@ impl Case {
             steps: &self.steps,
             health: &self.health,
             backoffs: &self.backoffs,
+            ended: self.ended.as_ref(),
+            resize: self.resize.view(),
             start_time_ns: 0,
             now_ns: self.now_s * SECOND_NS,
         })
@@ -76,6 +83,7 @@ fn word(action: &Action) -> String {
         Action::StopSandbox(id) => format!("stop {id}"),
         Action::RemoveSandbox(id) => format!("remove {id}"),
         Action::EnsureImage { container } => format!("image {container}"),
+        Action::Resize => "resize".to_owned(),
         Action::StartContainer(StartContainer {
             container,
             sandbox,
@@ -390,3 +398,4 @@ fn a_main_container_waits_for_the_post_start_hooks_before_it() {
 }
 
 mod ending;
+mod resize;
