@@ -225,7 +225,7 @@ fn a_volume_whose_config_map_is_missing_waits_for_it_by_name() -> Result<()> {
                  volumes: [{name: settings, configMap: {name: absent}}]\n";
     scenario.apply(&script_pod(
         "pod",
-        "cat /settings/word; exec sleep 1000",
+        "cat /settings/word; echo; exec sleep 1000",
         extra,
     ))?;
     let message = scenario.event_about("pod", "FailedMount")?;
@@ -243,7 +243,7 @@ fn a_volume_whose_config_map_is_missing_waits_for_it_by_name() -> Result<()> {
     scenario.ready("pod")?;
     let found = || {
         let logs = scenario.kubectl(&["logs", "pod"])?;
-        ensure!(logs == "found", "{logs:?}");
+        ensure!(logs == "found\n", "{logs:?}");
         Ok(())
     };
     until("the file to be read", LIMIT, || Ok(()), found)

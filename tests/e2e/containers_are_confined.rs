@@ -1,7 +1,8 @@
 //! Users, images and files that a pod has for itself, and what holds it in.
 
 use anyhow::{Context, Result, ensure};
-use testkit::scenario::{BUSYBOX, Event, Scenario, phase, script_pod, text, waiting_reason};
+use testkit::process::until;
+use testkit::scenario::{BUSYBOX, Event, LIMIT, Scenario, phase, script_pod, waiting_reason};
 
 #[test]
 fn root_of_a_pod_with_users_of_its_own_is_nobody_on_the_node() -> Result<()> {
@@ -12,7 +13,7 @@ fn root_of_a_pod_with_users_of_its_own_is_nobody_on_the_node() -> Result<()> {
         "config",
         "--from-literal=key=from-map",
     ])?;
-    let script = "id -u; cat /proc/self/uid_map; cat /config/key; stat -c %u:%g / /scratch /config/key \
+    let script = "id -u; cat /proc/self/uid_map; cat /config/key; echo; stat -c %u:%g / /scratch /config/key \
                   /var/run/secrets/kubernetes.io/serviceaccount/token; touch /scratch/made /made; \
                   stat -c %u /scratch/made; hostname; echo last > /dev/termination-log; sleep 1000";
     let extra = "    volumeMounts:
@@ -26,7 +27,12 @@ fn root_of_a_pod_with_users_of_its_own_is_nobody_on_the_node() -> Result<()> {
 ";
     scenario.apply(&script_pod("own", script, extra))?;
     let pod = scenario.ready("own")?;
-    let logs = scenario.kubectl(&["logs", "own"])?;
+    let whole = || {
+        let logs = scenario.kubectl(&["logs", "own"])?;
+        ensure!(logs.ends_with("own\n"), "{logs}");
+        Ok(logs)
+    };
+    let logs = until("the whole log", LIMIT, || Ok(()), whole)?;
     let words: Vec<&str> = logs.split_whitespace().collect();
     let first: u32 = words
         .get(2)
@@ -38,8 +44,8 @@ fn root_of_a_pod_with_users_of_its_own_is_nobody_on_the_node() -> Result<()> {
     );
     let rest = ["from-map", "0:0", "0:4321", "0:4321", "0:4321", "0", "own"];
     ensure!(words[4..] == rest, "{logs}");
-    let uid = text(&pod, "/status/containerStatuses/0/user/linux/uid");
-    ensure!(uid == "0", "{pod}");
+    let uid = pod.pointer("/status/containerStatuses/0/user/linux/uid");
+    ensure!(uid.and_then(serde_json::Value::as_u64) == Some(0), "{pod}");
     let inside = scenario.kubectl(&[
         "exec",
         "own",
@@ -56,7 +62,12 @@ fn root_of_a_pod_with_users_of_its_own_is_nobody_on_the_node() -> Result<()> {
     let script = "cat /proc/self/uid_map; sleep 1000";
     scenario.apply(&script_pod("second", script, "  hostUsers: false\n"))?;
     scenario.ready("second")?;
-    let other = scenario.kubectl(&["logs", "second"])?;
+    let map = || {
+        let logs = scenario.kubectl(&["logs", "second"])?;
+        ensure!(logs.ends_with('\n'), "{logs}");
+        Ok(logs)
+    };
+    let other = until("the second map", LIMIT, || Ok(()), map)?;
     ensure!(!other.contains(&format!(" {first} ")), "{other}");
     scenario.kubectl(&["delete", "pod", "own", "second", "--wait=false"])?;
     scenario.gone("own")?;
@@ -122,7 +133,7 @@ spec:
   initContainers:
   - name: write
     image: {BUSYBOX}
-    command: [sh, -c, \"echo NAME=\\'from a file\\' > /work/env\"]
+    command: [sh, -c, \"echo \\\"NAME='from a file'\\\" > /work/env\"]
     volumeMounts: [{{name: work, mountPath: /work}}]
   containers:
   - name: main
