@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use testkit::scenario::{BUSYBOX, Scenario, container, is_ready, text};
 
 /// A pod of one sleeping container `main` with these resources, and more of its spec.
@@ -37,6 +37,16 @@ fn resize(scenario: &Scenario, pod: &str, resources: &Value) -> Result<()> {
     Ok(())
 }
 
+/// Watches a pod until it is as wanted.
+fn seen(
+    scenario: &Scenario,
+    pod: &str,
+    what: &str,
+    wanted: impl Fn(&Value) -> bool,
+) -> Result<(Value, Duration)> {
+    scenario.watch_pod(pod, what, |event| wanted(&event.object))
+}
+
 fn resize_condition<'a>(pod: &'a Value, kind: &str) -> Option<&'a Value> {
     let conditions = pod["status"]["conditions"].as_array()?;
     conditions.iter().find(|c| c["type"] == kind)
@@ -66,6 +76,15 @@ fn cpu_quota(scenario: &Scenario, pod: &str) -> Result<String> {
     Ok(text.split(' ').next().unwrap_or_default().to_owned())
 }
 
+/// Allocatable CPU of a node in thousandths.
+fn cpu_milli(node: &Value) -> Result<i64> {
+    let amount = text(node, "/status/allocatable/cpu");
+    Ok(match amount.strip_suffix('m') {
+        Some(milli) => milli.parse()?,
+        None => amount.parse::<i64>()? * 1000,
+    })
+}
+
 #[test]
 fn a_running_container_gets_more_and_less_without_a_restart() -> Result<()> {
     let scenario = Scenario::begin("resize")?;
@@ -77,7 +96,7 @@ fn a_running_container_gets_more_and_less_without_a_restart() -> Result<()> {
     for (cpu, memory, quota) in [("200m", "96Mi", "20000"), ("50m", "48Mi", "5000")] {
         let began = Instant::now();
         resize(&scenario, "grows", &both(cpu, memory))?;
-        let (pod, _) = scenario.watch_pod("grows", settled)?;
+        let (pod, _) = seen(&scenario, "grows", "settled", settled)?;
         println!(
             "resize to {cpu} and {memory} told after {:?}",
             began.elapsed()
@@ -118,7 +137,7 @@ fn a_container_whose_policy_says_so_starts_anew() -> Result<()> {
     scenario.ready("anew")?;
     for (count, amount) in [(1, "48Mi"), (2, "32Mi")] {
         resize(&scenario, "anew", &memory(amount))?;
-        let (pod, took) = scenario.watch_pod("anew", |pod| {
+        let (pod, took) = seen(&scenario, "anew", "what was asked for", |pod| {
             settled(pod) && container(pod, "main")["restartCount"] == count
         })?;
         println!("restart {count} for a resize took {took:?}");
@@ -141,7 +160,7 @@ fn a_memory_limit_below_what_is_in_use_waits_and_kills_nothing() -> Result<()> {
     scenario.apply(&sleeper("low", &memory("32Mi"), "", ""))?;
     scenario.ready("low")?;
     resize(&scenario, "low", &memory("10Ki"))?;
-    let (pod, _) = scenario.watch_pod("low", |pod| {
+    let (pod, _) = seen(&scenario, "low", "what was asked for", |pod| {
         resize_condition(pod, "PodResizeInProgress").is_some_and(|c| c["reason"] == "Error")
     })?;
     let progress = resize_condition(&pod, "PodResizeInProgress").context("condition")?;
@@ -160,7 +179,7 @@ fn a_memory_limit_below_what_is_in_use_waits_and_kills_nothing() -> Result<()> {
     );
     scenario.event_about("low", "ResizeError")?;
     resize(&scenario, "low", &memory("32Mi"))?;
-    let (pod, _) = scenario.watch_pod("low", settled)?;
+    let (pod, _) = seen(&scenario, "low", "settled", settled)?;
     ensure!(container(&pod, "main")["restartCount"] == 0, "{pod}");
     Ok(())
 }
@@ -170,19 +189,16 @@ fn what_does_not_fit_waits_until_there_is_room() -> Result<()> {
     let scenario = Scenario::alone("resize-room")?;
     let node = scenario.json(&["get", "nodes"])?["items"][0].clone();
     let name = text(&node, "/metadata/name");
-    let cpus: i64 = text(&node, "/status/allocatable/cpu")
-        .parse()
-        .context("whole cpus")?;
     let requests = |milli: i64| json!({"requests": {"cpu": format!("{milli}m")}});
     let here = format!("  nodeName: {name}\n");
     // Two pods that leave less than one of them wants.
-    let share = cpus * 1000 / 4;
+    let share = cpu_milli(&node)? / 4;
     scenario.apply(&sleeper("first", &requests(share), "", &here))?;
     scenario.apply(&sleeper("second", &requests(share), "", &here))?;
     scenario.ready("first")?;
     scenario.ready("second")?;
     resize(&scenario, "first", &requests(3 * share + 10))?;
-    let (pod, _) = scenario.watch_pod("first", |pod| {
+    let (pod, _) = seen(&scenario, "first", "what was asked for", |pod| {
         resize_condition(pod, "PodResizePending").is_some()
     })?;
     let pending = resize_condition(&pod, "PodResizePending").context("condition")?;
@@ -199,7 +215,7 @@ fn what_does_not_fit_waits_until_there_is_room() -> Result<()> {
     scenario.event_about("first", "ResizeDeferred")?;
     let began = Instant::now();
     scenario.kubectl(&["delete", "pod", "second", "--wait=false"])?;
-    let (pod, _) = scenario.watch_pod("first", settled)?;
+    let (pod, _) = seen(&scenario, "first", "settled", settled)?;
     println!(
         "granted {:?} after the other pod was deleted",
         began.elapsed()
@@ -217,13 +233,21 @@ fn what_was_granted_survives_a_killed_agent_and_what_was_not_waits() -> Result<(
     let requests = |cpu: &str| json!({"requests": {"cpu": cpu, "memory": "16Mi"}});
     scenario.apply(&sleeper("kept", &requests("100m"), "", ""))?;
     let pod = scenario.ready("kept")?;
+    let node = text(&pod, "/spec/nodeName");
+    // Another pod takes more than half of the node: half of it is more than is left.
+    let cpu = scenario.json(&["get", "node", &node])?;
+    let half = cpu_milli(&cpu)? / 2;
+    let other = json!({"requests": {"cpu": format!("{}m", half + 200)}});
+    let there = format!("  nodeName: {node}\n");
+    scenario.apply(&sleeper("other", &other, "", &there))?;
+    scenario.ready("other")?;
     resize(&scenario, "kept", &requests("150m"))?;
-    scenario.watch_pod("kept", settled)?;
-    let agent = scenario.agent(&text(&pod, "/spec/nodeName"));
+    seen(&scenario, "kept", "settled", settled)?;
+    let agent = scenario.agent(&node);
     agent.kill()?;
-    resize(&scenario, "kept", &requests("900"))?;
+    resize(&scenario, "kept", &requests(&format!("{half}m")))?;
     agent.start()?;
-    let (pod, _) = scenario.watch_pod("kept", |pod| {
+    let (pod, _) = seen(&scenario, "kept", "what was asked for", |pod| {
         resize_condition(pod, "PodResizePending").is_some()
     })?;
     let status = container(&pod, "main");
@@ -232,7 +256,7 @@ fn what_was_granted_survives_a_killed_agent_and_what_was_not_waits() -> Result<(
     agent.kill()?;
     resize(&scenario, "kept", &requests("120m"))?;
     agent.start()?;
-    let (pod, _) = scenario.watch_pod("kept", settled)?;
+    let (pod, _) = seen(&scenario, "kept", "settled", settled)?;
     let status = container(&pod, "main");
     ensure!(status["resources"]["requests"]["cpu"] == "120m", "{status}");
     ensure!(status["restartCount"] == 0, "{status}");
@@ -270,7 +294,9 @@ fn a_pod_of_its_own_resources_shares_them_among_its_containers() -> Result<()> {
     let pod = scenario.ready("shares")?;
     ensure!(pod["status"]["qosClass"] == "Burstable", "{pod}");
     ensure!(memory_limit(&scenario, "shares")? == (64 << 20).to_string());
-    let (pod, _) = scenario.watch_pod("shares", |pod| pod["status"]["resources"] == resources)?;
+    let (pod, _) = seen(&scenario, "shares", "what was asked for", |pod| {
+        pod["status"]["resources"] == resources
+    })?;
     ensure!(
         pod["status"]["allocatedResources"] == resources["requests"],
         "{pod}"
@@ -285,7 +311,7 @@ fn a_pod_of_its_own_resources_shares_them_among_its_containers() -> Result<()> {
         &patch,
     ];
     scenario.kubectl(&words)?;
-    scenario.watch_pod("shares", |pod| {
+    seen(&scenario, "shares", "what was asked for", |pod| {
         settled(pod) && pod["status"]["resources"]["limits"]["memory"] == "96Mi"
     })?;
     ensure!(memory_limit(&scenario, "shares")? == (96 << 20).to_string());
