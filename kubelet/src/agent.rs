@@ -225,7 +225,11 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             Policy::from(&self.config.images),
         );
         self.tracker.spawn(collector.run(self.stop.clone()));
-        let compressor = compress::run(self.runtime.clone(), self.stop.clone());
+        let compressor = compress::run(
+            self.runtime.clone(),
+            self.config.container_log_monitor_interval,
+            self.stop.clone(),
+        );
         self.tracker.spawn(compressor);
         let ended = self.serve(index, volumes).await;
 

@@ -3,19 +3,23 @@
 //!
 //! The shim rotates and removes; this task only replaces `<log>.<time>` by `<log>.<time>.gz`, under
 //! another name first, so that a kill leaves either. It is woken by the rename of a rotation: one
-//! watch per container, none of them told of writes.
+//! watch per container, none of them told of writes. Some seconds later it looks: who writes so
+//! much that a log does not live that long is not slowed down further, and who follows a log finds
+//! its files as they were.
 
 use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
 use runtime::service::{ContainerState, ContainerStatus, RuntimeEvent, RuntimeService};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -90,17 +94,17 @@ impl Watches {
     }
 }
 
-/// Compresses until stopped.
-pub async fn run<R: RuntimeService>(runtime: Arc<R>, stop: CancellationToken) {
+/// Compresses until stopped, each log some time (`interval`) after it was rotated.
+pub async fn run<R: RuntimeService>(runtime: Arc<R>, interval: Duration, stop: CancellationToken) {
     tokio::select! {
         () = stop.cancelled() => {}
-        failed = watch(&*runtime) => {
+        failed = watch(&*runtime, interval) => {
             warn!(error = %failed, "Rotated logs are not compressed any more");
         }
     }
 }
 
-async fn watch<R: RuntimeService>(runtime: &R) -> io::Error {
+async fn watch<R: RuntimeService>(runtime: &R, interval: Duration) -> io::Error {
     let mut watches = match Watches::new() {
         Ok(watches) => watches,
         Err(error) => return error,
@@ -111,32 +115,59 @@ async fn watch<R: RuntimeService>(runtime: &R) -> io::Error {
         containers.iter().filter_map(|c| watches.add(c)).collect()
     };
     // What was rotated while nobody watched is found at the first sight of a directory.
-    let mut due = all(&mut watches);
-    loop {
-        for directory in std::mem::take(&mut due) {
-            let done = tokio::task::spawn_blocking(move || {
-                if let Err(error) = compress_all(&directory) {
-                    warn!(directory = %directory.display(), %error, "A rotated log stays as it is");
-                }
-            });
-            // A panic is logged by its hook, and one directory is no reason to end.
-            let _ = done.await;
+    let mut due: BTreeMap<PathBuf, Instant> = BTreeMap::new();
+    let add = |due: &mut BTreeMap<PathBuf, Instant>, directories: BTreeSet<PathBuf>| {
+        for directory in directories {
+            due.entry(directory)
+                .or_insert_with(|| Instant::now() + interval);
         }
+    };
+    add(&mut due, all(&mut watches));
+    loop {
+        let next = due.values().min().copied();
+        let wait = async {
+            match next {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
+            () = wait => compress_due(&mut due).await,
             event = news.recv() => match event {
                 Ok(RuntimeEvent::Changed { container, .. }) => {
                     let changed = container.and_then(|id| runtime.container_status(&id));
-                    due.extend(changed.and_then(|c| watches.add(&c)));
+                    let new = changed.and_then(|c| watches.add(&c));
+                    add(&mut due, new.into_iter().collect());
                 }
-                Err(RecvError::Lagged(_)) => due = all(&mut watches),
+                Err(RecvError::Lagged(_)) => add(&mut due, all(&mut watches)),
                 // The engine lives as long as the agent.
                 Err(RecvError::Closed) => std::future::pending().await,
             },
             renamed = watches.renamed() => match renamed {
-                Ok(renamed) => due = renamed,
+                Ok(renamed) => add(&mut due, renamed),
                 Err(error) => return error,
             },
         }
+    }
+}
+
+/// Compresses in the directories whose time has come, one after the other.
+async fn compress_due(due: &mut BTreeMap<PathBuf, Instant>) {
+    let now = Instant::now();
+    let ready: Vec<PathBuf> = due
+        .iter()
+        .filter(|(_, at)| **at <= now)
+        .map(|(directory, _)| directory.clone())
+        .collect();
+    for directory in ready {
+        due.remove(&directory);
+        let done = tokio::task::spawn_blocking(move || {
+            if let Err(error) = compress_all(&directory) {
+                warn!(directory = %directory.display(), %error, "A rotated log stays as it is");
+            }
+        });
+        // A panic is logged by its hook, and one directory is no reason to end.
+        let _ = done.await;
     }
 }
 
@@ -319,7 +350,8 @@ mod tests {
         let logs = dir.path().join("c");
         std::fs::create_dir(&logs).unwrap();
         let stop = CancellationToken::new();
-        let task = tokio::spawn(run(Arc::new(runtime.clone()), stop.clone()));
+        let interval = Duration::from_millis(1);
+        let task = tokio::spawn(run(Arc::new(runtime.clone()), interval, stop.clone()));
         runtime.start_container(&id).await.unwrap();
         let log = logs.join("0.log");
         let done = logs.join("0.log.20260101-000001.gz");

@@ -10,7 +10,9 @@ use testkit::process::until;
 use testkit::scenario::{LIMIT, Scenario, SpareNode, container, is_ready, script_pod, text};
 
 const AGNHOST: &str = "registry.k8s.io/e2e-test-images/agnhost:2.63.0";
-const TICKS: &str = "i=0; while :; do echo tick $i; i=$((i+1)); sleep 0.1; done";
+/// Long lines: what is left of a file's last page is soon full.
+const TICKS: &str =
+    "i=0; while :; do printf 'tick %d %01000d\\n' $i 0; i=$((i+1)); sleep 0.1; done";
 const NO_SPACE: &str = "no space left on device";
 
 /// No threshold but memory's: the scenario fills the disk to the last byte.
@@ -45,6 +47,9 @@ fn pods_run_on_new_ones_say_why_not_and_space_mends_everything() -> Result<()> {
     scenario.kubectl(&["delete", "pod", "leaving", "--wait=false"])?;
     scenario.gone("leaving")?;
     ensure!(scenario.kubectl(&["exec", "living", "--", "echo", "here"])? == "here\n");
+    // Its end made room.
+    let more = fill.with_extension("more");
+    fill_up(&more)?;
 
     // Nothing of what is on the disk may be spoilt by an agent that cannot write.
     node.agent.kill()?;
@@ -52,6 +57,7 @@ fn pods_run_on_new_ones_say_why_not_and_space_mends_everything() -> Result<()> {
     answers(&scenario, "living")?;
     let running = node.agent.clone();
     std::fs::remove_file(&fill)?;
+    std::fs::remove_file(&more)?;
     scenario.ready("cached")?;
     let after = scenario.json(&["get", "pod", "living"])?;
     let id = |pod| text(container(pod, "main"), "/containerID");
@@ -97,7 +103,8 @@ fn whole_log(scenario: &Scenario) -> Result<()> {
         },
     )?;
     let ticks = logs.lines().filter_map(|line| line.strip_prefix("tick "));
-    let ticks: Vec<u64> = ticks.map(|n| n.parse().unwrap_or(0)).collect();
+    let number = |text: &str| text.split(' ').next().and_then(|n| n.parse().ok());
+    let ticks: Vec<u64> = ticks.map(|text| number(text).unwrap_or(0)).collect();
     ensure!(ticks.is_sorted(), "out of order: {logs}");
     let torn = logs
         .lines()

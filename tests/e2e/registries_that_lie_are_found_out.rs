@@ -26,7 +26,7 @@ fn begin(name: &str) -> Result<(Scenario, Registry, SpareNode)> {
 }
 
 fn pod(image: &str, node: &SpareNode) -> String {
-    script_pod("pod", "cat /marker; exec sleep 1000", &node.pin())
+    script_pod("pod", "cat /marker; echo; exec sleep 1000", &node.pin())
         .replace(testkit::scenario::BUSYBOX, image)
 }
 
@@ -65,9 +65,16 @@ fn nothing_unpacked(node: &SpareNode, served: &Served) -> Result<()> {
 
 fn runs_with(scenario: &Scenario, marker: &str) -> Result<()> {
     scenario.ready("pod")?;
-    let logs = scenario.kubectl(&["logs", "pod"])?;
-    ensure!(logs == marker, "{logs:?} instead of {marker:?}");
-    Ok(())
+    until(
+        "the marker to be read",
+        LIMIT,
+        || Ok(()),
+        || {
+            let logs = scenario.kubectl(&["logs", "pod"])?;
+            ensure!(logs.trim() == marker, "{logs:?} instead of {marker:?}");
+            Ok(())
+        },
+    )
 }
 
 #[test]

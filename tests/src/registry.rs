@@ -4,7 +4,7 @@
 use crate::images::digest;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,13 +16,13 @@ use std::time::Duration;
 pub enum Manner {
     /// As it should.
     Honest,
-    /// One byte in the middle of every blob but the configuration is another.
+    /// One byte in the middle of an image's own layer is another.
     WrongByte,
-    /// Blobs end before their announced length, again and again.
+    /// An image's own layer ends before its announced length, again and again.
     Short,
     /// Every manifest that is asked for by digest is another one.
     WrongManifest,
-    /// Blobs come in pieces with pauses, some 100 kB/s.
+    /// An image's own layer comes in pieces with pauses, some 100 kB/s.
     Slow,
 }
 
@@ -43,6 +43,8 @@ struct Shared {
     /// By tag and by digest.
     manifests: Mutex<BTreeMap<String, Vec<u8>>>,
     blobs: Mutex<BTreeMap<String, Vec<u8>>>,
+    /// Layers that no other image has: only these are tampered with.
+    own: Mutex<BTreeSet<String>>,
     stopped: AtomicBool,
 }
 
@@ -72,6 +74,7 @@ impl Registry {
             manner: Mutex::new(Manner::Honest),
             manifests: Mutex::default(),
             blobs: Mutex::default(),
+            own: Mutex::default(),
             stopped: AtomicBool::new(false),
         });
         let serving = Arc::clone(&shared);
@@ -137,6 +140,7 @@ impl Registry {
             layer: served_layer.clone(),
             diff_id,
         };
+        lock(&self.shared.own).insert(served_layer.clone());
         let mut blobs = lock(&self.shared.blobs);
         blobs.insert(digest(&config), config);
         blobs.insert(served_layer, packed);
@@ -249,6 +253,8 @@ fn answer(shared: &Shared, mut stream: TcpStream) -> std::io::Result<()> {
         }
     } else if path.contains("/blobs/") {
         let blob = lock(&shared.blobs).get(name).cloned();
+        let own = lock(&shared.own).contains(name);
+        let manner = if own { manner } else { Manner::Honest };
         match blob {
             Some(body) => serve_blob(&mut stream, body, from, whole, manner),
             None => not_found(&mut stream),
@@ -274,9 +280,8 @@ fn serve_blob(
     manner: Manner,
 ) -> std::io::Result<()> {
     let kind = "application/octet-stream";
-    let is_layer = body.starts_with(&[0x1f, 0x8b]);
     let middle = body.len() / 2;
-    if manner == Manner::WrongByte && is_layer {
+    if manner == Manner::WrongByte {
         body[middle] ^= 0x55;
     }
     let status = if from > 0 {
@@ -287,14 +292,10 @@ fn serve_blob(
     let rest = body.get(from..).unwrap_or_default();
     let length = rest.len();
     let sent = match manner {
-        Manner::Short if is_layer => &rest[..length / 2],
-        Manner::Honest
-        | Manner::WrongByte
-        | Manner::WrongManifest
-        | Manner::Slow
-        | Manner::Short => rest,
+        Manner::Short => &rest[..length / 2],
+        Manner::Honest | Manner::WrongByte | Manner::WrongManifest | Manner::Slow => rest,
     };
-    if manner != Manner::Slow || !is_layer {
+    if manner != Manner::Slow {
         return respond(stream, status, kind, whole.then_some(sent), length);
     }
     respond(stream, status, kind, Some(&[]), length)?;

@@ -246,6 +246,8 @@ pub struct Config {
     pub container_log_max_size: u64,
     /// Log files kept per container, the open one included.
     pub container_log_max_files: u32,
+    /// A rotated log is compressed when it has been there for this long.
+    pub container_log_monitor_interval: Duration,
 
     /// Events per second on average; 0 is no limit.
     pub event_qps: u32,

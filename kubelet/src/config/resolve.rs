@@ -220,6 +220,8 @@ pub fn resolve(
         fail_swap_on: kubelet.bool("failSwapOn", true),
         container_log_max_size: log_size(&kubelet, &mut problems),
         container_log_max_files: kubelet.int("containerLogMaxFiles", 5),
+        container_log_monitor_interval: kubelet
+            .duration("containerLogMonitorInterval", seconds(10)),
         event_qps: kubelet.int("eventRecordQPS", 50),
         event_burst: kubelet.positive("eventBurst", 100),
         feature_gates: feature_gates(&kubelet),

@@ -411,7 +411,7 @@ pub const KUBELET_CONFIGURATION: &[Field] = &[
         "container-log-max-files",
     ),
     inert("containerLogMaxWorkers", Int(1, 1000), ""),
-    inert("containerLogMonitorInterval", Duration, ""),
+    field("containerLogMonitorInterval", Duration, ""),
     inert("shutdownGracePeriod", Duration, ""),
     inert("shutdownGracePeriodCriticalPods", Duration, ""),
     inert("shutdownGracePeriodByPodPriority", SHUTDOWN_BY_PRIORITY, ""),

@@ -570,11 +570,11 @@ fn container_refs(observed: &PodObservation) -> BTreeMap<String, ContainerRefs> 
         if entry.current.is_none() {
             entry.current = Some(instance.id.clone());
             // A dead container that will run again is both: its logs are the newest and the
-            // previous ones.
+            // previous ones. An older one is about to be forgotten.
             if observe::exit(instance).is_some() {
                 entry.previous = Some(instance.id.clone());
             }
-        } else if entry.previous.is_none() || entry.previous == entry.current {
+        } else if entry.previous.is_none() {
             entry.previous = Some(instance.id.clone());
         }
     }

@@ -311,6 +311,10 @@ impl Place {
 
 fn save<T: Serialize>(path: &Path, record: &T) -> Result<(), String> {
     let text = serde_json::to_vec(record).map_err(|e| e.to_string())?;
+    // What is there already needs no room: an agent must come up on a full disk.
+    if linux::fs::read_file(path, RECORD_LIMIT).is_ok_and(|old| old == text) {
+        return Ok(());
+    }
     write_atomic(path, &text, 0o600, Durability::Process).map_err(|e| chain(&e))
 }
 

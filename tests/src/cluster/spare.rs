@@ -8,11 +8,16 @@ use super::node::{self, NodeContext};
 use super::state::{NodeKind, NodeRecord};
 use super::{Lab, ferrule, join_network, network, pki, surplus, wait_node_ready};
 use crate::artefacts::ours::Programs;
+use crate::process::until;
 use anyhow::{Context, Result};
 use std::fs;
+use std::time::Duration;
 
 /// Number of the first such node.
 pub const FIRST: usize = 90;
+
+/// Longest wait for the apiserver to reach a node that is Ready.
+const REACH_LIMIT: Duration = Duration::from_secs(30);
 
 /// What the node shall be like.
 #[derive(Debug, Clone, Default)]
@@ -112,7 +117,11 @@ fn start(lab: &mut Lab, context: &NodeContext) -> Result<()> {
     ferrule::start(lab, context)?;
     join_network(lab, &context.name)?;
     network::ensure_routes(&lab.layout, &lab.sites())?;
-    wait_node_ready(lab, &context.name)
+    wait_node_ready(lab, &context.name)?;
+    // The apiserver may still hold connections to an earlier node of this address.
+    let health = format!("/api/v1/nodes/{}/proxy/healthz", context.name);
+    let reached = || lab.kubectl.run(&["get", "--raw", &health]).map(drop);
+    until("the node to be reached", REACH_LIMIT, || Ok(()), reached)
 }
 
 /// Takes such a node away with all that was made for it; "already gone" is success.
