@@ -13,7 +13,7 @@ fn sleeper(name: &str, resources: &Value, container: &str, spec: &str) -> String
 kind: Pod
 metadata: {{name: {name}, labels: {{app: sleeper}}}}
 spec:
-  terminationGracePeriodSeconds: 0
+  terminationGracePeriodSeconds: 1
 {spec}  containers:
   - name: main
     image: {BUSYBOX}
@@ -74,6 +74,12 @@ fn memory_limit(scenario: &Scenario, pod: &str) -> Result<String> {
 fn cpu_quota(scenario: &Scenario, pod: &str) -> Result<String> {
     let text = cgroup(scenario, pod, "cpu/cpu.cfs_quota_us", "cpu.max")?;
     Ok(text.split(' ').next().unwrap_or_default().to_owned())
+}
+
+/// The part of a spec that puts a pod on this node once it fits: what other scenarios leave
+/// behind may take some moments to go.
+fn on(node: &str) -> String {
+    format!("  nodeSelector: {{kubernetes.io/hostname: {node}}}\n")
 }
 
 /// Allocatable CPU of a node in thousandths.
@@ -190,7 +196,7 @@ fn what_does_not_fit_waits_until_there_is_room() -> Result<()> {
     let node = scenario.json(&["get", "nodes"])?["items"][0].clone();
     let name = text(&node, "/metadata/name");
     let requests = |milli: i64| json!({"requests": {"cpu": format!("{milli}m")}});
-    let here = format!("  nodeName: {name}\n");
+    let here = on(&name);
     // Two pods that leave less than one of them wants.
     let share = cpu_milli(&node)? / 4;
     scenario.apply(&sleeper("first", &requests(share), "", &here))?;
@@ -238,7 +244,7 @@ fn what_was_granted_survives_a_killed_agent_and_what_was_not_waits() -> Result<(
     let cpu = scenario.json(&["get", "node", &node])?;
     let half = cpu_milli(&cpu)? / 2;
     let other = json!({"requests": {"cpu": format!("{}m", half + 200)}});
-    let there = format!("  nodeName: {node}\n");
+    let there = on(&node);
     scenario.apply(&sleeper("other", &other, "", &there))?;
     scenario.ready("other")?;
     resize(&scenario, "kept", &requests("150m"))?;
