@@ -7,10 +7,16 @@
 
 pub use linux::cgroup::{Details as CgroupDetails, DeviceIo, Pressure, Stall};
 pub use pod_shim::protocol::{Propagation, UserNamespace};
+
+mod image;
+mod sandbox;
+
+pub use image::{FsUsage, ImageConfig, ImageService, ImageStatus, RegistryAuth};
+pub use sandbox::{SandboxConfig, SandboxState, SandboxStatus};
+
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -140,76 +146,6 @@ impl Resources {
             memory_request_bytes: new.memory_request_bytes.or(self.memory_request_bytes),
         }
     }
-}
-
-/// What a sandbox shall be.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SandboxConfig {
-    /// Pod name.
-    pub name: String,
-    /// Pod namespace.
-    pub namespace: String,
-    /// Pod UID.
-    pub uid: String,
-    /// How many sandboxes this pod had before.
-    pub attempt: u32,
-    /// Host name inside the pod.
-    pub hostname: String,
-    /// resolv.conf; none leaves the file to the caller's mounts.
-    pub dns: Option<DnsConfig>,
-    /// Directory for container logs.
-    pub log_directory: PathBuf,
-    /// Host ports.
-    pub port_mappings: Vec<PortMapping>,
-    /// Labels, kept and returned.
-    pub labels: BTreeMap<String, String>,
-    /// Annotations, kept and returned.
-    pub annotations: BTreeMap<String, String>,
-    /// Cgroup of the pod below the cgroup root, `/kubepods/burstable/pod<uid>`. Made by the
-    /// kubelet through [`RuntimeService::ensure_cgroup`].
-    pub cgroup_parent: String,
-    /// Namespaced sysctls.
-    pub sysctls: BTreeMap<String, String>,
-    /// `Pod` or `Node`.
-    pub network: NamespaceMode,
-    /// `Pod`, `Container` or `Node`.
-    pub pid: NamespaceMode,
-    /// `Pod` or `Node`.
-    pub ipc: NamespaceMode,
-    /// RuntimeClass handler; the empty one and `ferrule` are ours, others fail.
-    pub runtime_handler: String,
-    /// Ids of a user namespace of its own; none for the node's users.
-    #[serde(default)]
-    pub user_namespace: Option<UserNamespace>,
-}
-
-/// State of a sandbox.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum SandboxState {
-    /// Its namespaces exist and its shim answers.
-    Ready,
-    /// Stopped, half made, or its shim is gone.
-    NotReady,
-}
-
-/// A sandbox as it is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SandboxStatus {
-    /// Its id.
-    pub id: SandboxId,
-    /// What it was asked to be.
-    pub config: SandboxConfig,
-    /// State.
-    pub state: SandboxState,
-    /// Nanoseconds since the epoch.
-    pub created_at_ns: i64,
-    /// Addresses, first is primary; empty with the node's network.
-    pub ips: Vec<IpAddr>,
-    /// Process id of the shim, 0 when gone.
-    pub shim_pid: i32,
-    /// Pinned network namespace.
-    pub netns: Option<PathBuf>,
 }
 
 /// A mount asked for by the kubelet.
@@ -641,107 +577,4 @@ pub trait RuntimeService: Send + Sync + 'static {
     fn network_ready(&self) -> std::result::Result<(), String>;
     /// Tells the pod CIDRs once the Node has them (for plugins that need it).
     fn set_pod_cidrs(&self, cidrs: &[String]);
-}
-
-/// An image as it is stored.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageStatus {
-    /// Its id.
-    pub id: ImageId,
-    /// `repository:tag` names.
-    pub repo_tags: Vec<String>,
-    /// `repository@sha256:…` names.
-    pub repo_digests: Vec<String>,
-    /// Unpacked size in bytes.
-    pub size_bytes: u64,
-    /// Never collected.
-    pub pinned: bool,
-    /// The image's USER as written.
-    pub user: String,
-    /// Configuration needed to run it.
-    pub config: ImageConfig,
-}
-
-/// The part of an image's configuration that matters to run it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageConfig {
-    /// ENTRYPOINT.
-    pub entrypoint: Vec<String>,
-    /// CMD.
-    pub cmd: Vec<String>,
-    /// ENV, `NAME=value`.
-    pub env: Vec<String>,
-    /// WORKDIR.
-    pub working_dir: String,
-    /// USER.
-    pub user: String,
-    /// VOLUME paths.
-    pub volumes: Vec<String>,
-    /// STOPSIGNAL.
-    pub stop_signal: Option<String>,
-    /// LABEL.
-    pub labels: BTreeMap<String, String>,
-}
-
-/// Credentials for a registry.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub enum RegistryAuth {
-    /// None.
-    #[default]
-    Anonymous,
-    /// User and password.
-    Basic {
-        /// User.
-        username: String,
-        /// Password.
-        password: String,
-    },
-    /// A bearer (registry or identity) token.
-    Token(String),
-}
-
-impl fmt::Debug for RegistryAuth {
-    /// Never prints a secret.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Anonymous => f.write_str("Anonymous"),
-            Self::Basic { username, .. } => write!(f, "Basic({username})"),
-            Self::Token(_) => f.write_str("Token"),
-        }
-    }
-}
-
-/// Use of the image filesystem.
-#[derive(Debug, Clone, Default)]
-pub struct FsUsage {
-    /// Mount point or directory.
-    pub path: PathBuf,
-    /// Bytes used by images.
-    pub used_bytes: u64,
-    /// Capacity of the filesystem.
-    pub capacity_bytes: u64,
-    /// Bytes available.
-    pub available_bytes: u64,
-    /// Inodes.
-    pub inodes: u64,
-    /// Free inodes.
-    pub inodes_free: u64,
-}
-
-/// Images.
-pub trait ImageService: Send + Sync + 'static {
-    /// The image behind a name, digest or id; none when not stored.
-    fn status(&self, image: &str) -> Option<ImageStatus>;
-    /// All images (from memory).
-    fn list(&self) -> Vec<ImageStatus>;
-    /// Pulls; identical pulls in flight share one download. Credentials are tried in order.
-    fn pull(
-        &self,
-        image: &str,
-        auth: &[RegistryAuth],
-    ) -> impl Future<Output = Result<ImageStatus>> + Send;
-    /// Removes a name or, by id, all names and the layers nobody else uses. Idempotent.
-    fn remove(&self, image: &str) -> impl Future<Output = Result<()>> + Send;
-    /// Disk use.
-    fn fs_usage(&self) -> FsUsage;
 }

@@ -9,11 +9,14 @@
 
 pub mod check;
 pub mod duration;
+mod eviction;
 pub mod flags;
 pub mod host;
 pub mod load;
 pub mod resolve;
 pub mod schema;
+mod shown;
+mod tree;
 
 pub use check::Problem;
 pub use flags::{FlagError, Flags};

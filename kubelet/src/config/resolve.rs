@@ -2,108 +2,23 @@
 //! several fields. Pure.
 
 use super::check::Problem;
+use super::eviction::evictions;
 use super::flags::Flags;
 use super::host::Facts;
 use super::load::ConfigError;
-use super::{
-    AuthorizationMode, CgroupDriver, Config, ImageSettings, ServerConfig, Threshold, duration,
-};
+use super::shown::effective;
+use super::tree::Tree;
+use super::{AuthorizationMode, CgroupDriver, Config, ImageSettings, ServerConfig, duration};
 use crate::quantity::Quantity;
 use k8s_openapi::api::core::v1::Taint;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Hard eviction thresholds of a node whose file names none (k8s docs, "Hard eviction
-/// thresholds").
-const DEFAULT_EVICTION: &[(&str, &str)] = &[
-    ("memory.available", "100Mi"),
-    ("nodefs.available", "10%"),
-    ("nodefs.inodesFree", "5%"),
-    ("imagefs.available", "15%"),
-    ("imagefs.inodesFree", "5%"),
-];
-
-/// Signals a threshold can be about.
-const SIGNALS: &[&str] = &[
-    "memory.available",
-    "nodefs.available",
-    "nodefs.inodesFree",
-    "imagefs.available",
-    "imagefs.inodesFree",
-    "containerfs.available",
-    "containerfs.inodesFree",
-    "allocatableMemory.available",
-    "pid.available",
-];
-
 /// Pulls at once when nothing limits them: more only make each other slow.
 const PARALLEL_PULLS: usize = 8;
-
-/// Typed look into the tree. The tree has been checked: what is there has the right type.
-struct Tree<'a>(&'a Map<String, Value>);
-
-impl Tree<'_> {
-    fn get(&self, path: &str) -> Option<&Value> {
-        let mut parts = path.split('.');
-        let mut value = self.0.get(parts.next()?)?;
-        for part in parts {
-            value = value.get(part)?;
-        }
-        (!value.is_null()).then_some(value)
-    }
-
-    fn text(&self, path: &str, default: &str) -> String {
-        let found = self.get(path).and_then(Value::as_str);
-        found
-            .filter(|t| !t.is_empty())
-            .unwrap_or(default)
-            .to_owned()
-    }
-
-    fn path(&self, path: &str, default: &str) -> PathBuf {
-        PathBuf::from(self.text(path, default))
-    }
-
-    fn bool(&self, path: &str, default: bool) -> bool {
-        self.get(path).and_then(Value::as_bool).unwrap_or(default)
-    }
-
-    fn int<T: TryFrom<i64>>(&self, path: &str, default: T) -> T {
-        let found = self.get(path).and_then(Value::as_i64);
-        found.and_then(|n| T::try_from(n).ok()).unwrap_or(default)
-    }
-
-    /// Like [`Tree::int`], but 0 means the default (fields that are no pointers in Go).
-    fn positive<T: TryFrom<i64>>(&self, path: &str, default: T) -> T {
-        match self.get(path).and_then(Value::as_i64) {
-            Some(0) | None => default,
-            Some(n) => T::try_from(n).unwrap_or(default),
-        }
-    }
-
-    fn duration(&self, path: &str, default: Duration) -> Duration {
-        let found = self.get(path).and_then(Value::as_str);
-        let found = found.and_then(duration::parse);
-        found.filter(|d| !d.is_zero()).unwrap_or(default)
-    }
-
-    fn texts(&self, path: &str) -> Vec<String> {
-        let items = self.get(path).and_then(Value::as_array);
-        let texts = items.into_iter().flatten().filter_map(Value::as_str);
-        texts.map(str::to_owned).collect()
-    }
-
-    fn map(&self, path: &str) -> BTreeMap<String, String> {
-        let map = self.get(path).and_then(Value::as_object);
-        let pairs = map.into_iter().flatten();
-        pairs
-            .filter_map(|(k, v)| Some((k.clone(), v.as_str()?.to_owned())))
-            .collect()
-    }
-}
 
 const fn seconds(n: u64) -> Duration {
     Duration::from_secs(n)
@@ -381,7 +296,7 @@ fn feature_gates(tree: &Tree<'_>) -> BTreeMap<String, bool> {
         .collect()
 }
 
-fn problem(problems: &mut Vec<Problem>, path: &str, what: String) {
+pub(super) fn problem(problems: &mut Vec<Problem>, path: &str, what: String) {
     problems.push(Problem {
         path: path.to_owned(),
         what,
@@ -476,174 +391,11 @@ fn images(tree: &Tree<'_>, runtime: &Tree<'_>, problems: &mut Vec<Problem>) -> I
     }
 }
 
-#[derive(Default)]
-struct Evictions {
-    hard: BTreeMap<String, Threshold>,
-    soft: BTreeMap<String, Threshold>,
-    grace: BTreeMap<String, Duration>,
-}
-
-fn evictions(tree: &Tree<'_>, problems: &mut Vec<Problem>) -> Evictions {
-    let mut hard = tree.map("evictionHard");
-    if tree.get("evictionHard").is_none() || tree.bool("mergeDefaultEvictionSettings", false) {
-        for (signal, value) in DEFAULT_EVICTION {
-            hard.entry((*signal).to_owned())
-                .or_insert_with(|| (*value).to_owned());
-        }
-    }
-    let soft = tree.map("evictionSoft");
-    let grace = tree.map("evictionSoftGracePeriod");
-    for signal in soft.keys().filter(|s| !grace.contains_key(*s)) {
-        let what = format!("needs evictionSoftGracePeriod[{signal:?}]");
-        problem(problems, &format!("evictionSoft[{signal:?}]"), what);
-    }
-    Evictions {
-        hard: thresholds("evictionHard", &hard, problems),
-        soft: thresholds("evictionSoft", &soft, problems),
-        grace: grace
-            .into_iter()
-            .filter_map(|(k, v)| Some((k, duration::parse(&v)?)))
-            .collect(),
-    }
-}
-
-fn thresholds(
-    field: &str,
-    texts: &BTreeMap<String, String>,
-    problems: &mut Vec<Problem>,
-) -> BTreeMap<String, Threshold> {
-    let mut found = BTreeMap::new();
-    for (signal, text) in texts {
-        let path = format!("{field}[{signal:?}]");
-        if !SIGNALS.contains(&signal.as_str()) {
-            let what = format!("no such signal; there are {}", SIGNALS.join(", "));
-            problem(problems, &path, what);
-            continue;
-        }
-        match threshold(text) {
-            Some(t) => {
-                found.insert(signal.clone(), t);
-            }
-            None => problem(
-                problems,
-                &path,
-                format!(
-                    "{text:?} is neither a quantity such as \"100Mi\" nor a share such as \"10%\""
-                ),
-            ),
-        }
-    }
-    found
-}
-
-fn threshold(text: &str) -> Option<Threshold> {
-    if let Some(percent) = text.strip_suffix('%') {
-        let percent: f64 = percent.trim().parse().ok()?;
-        return (0.0..=100.0)
-            .contains(&percent)
-            .then_some(Threshold::Share(percent / 100.0));
-    }
-    let amount = Quantity::parse(text).ok()?.value();
-    u64::try_from(amount).ok().map(Threshold::Amount)
-}
-
-/// What `/configz` shows: what was set, over the defaults that hold here.
-fn effective(config: &Config, tree: Map<String, Value>) -> Value {
-    let mut shown = match json!({
-        "apiVersion": "kubelet.config.k8s.io/v1beta1",
-        "kind": "KubeletConfiguration",
-        "enableServer": config.server.enabled,
-        "podLogsDir": config.pod_logs_dir,
-        "syncFrequency": duration::format(config.sync_frequency),
-        "address": config.server.address.ip(),
-        "port": config.server.address.port(),
-        "authentication": {
-            "x509": {"clientCAFile": config.server.client_ca_file},
-            "webhook": {
-                "enabled": config.server.token_review,
-                "cacheTTL": duration::format(config.server.token_ttl)
-            },
-            "anonymous": {"enabled": config.server.anonymous}
-        },
-        "authorization": {
-            "mode": match config.server.authorization {
-                AuthorizationMode::Webhook => "Webhook",
-                AuthorizationMode::AlwaysAllow => "AlwaysAllow",
-            },
-            "webhook": {
-                "cacheAuthorizedTTL": duration::format(config.server.allowed_ttl),
-                "cacheUnauthorizedTTL": duration::format(config.server.denied_ttl)
-            }
-        },
-        "registryPullQPS": config.images.registry_qps,
-        "registryBurst": config.images.registry_burst,
-        "eventRecordQPS": config.event_qps,
-        "eventBurst": config.event_burst,
-        "healthzPort": config.server.healthz.port(),
-        "healthzBindAddress": config.server.healthz.ip(),
-        "oomScoreAdj": config.oom_score_adj,
-        "clusterDomain": config.cluster_domain,
-        "clusterDNS": config.cluster_dns,
-        "nodeStatusUpdateFrequency": duration::format(config.node_status_update_frequency),
-        "nodeStatusReportFrequency": duration::format(config.node_status_report_frequency),
-        "nodeLeaseDurationSeconds": config.node_lease_duration.as_secs(),
-        "imageMinimumGCAge": duration::format(config.images.minimum_gc_age),
-        "imageGCHighThresholdPercent": config.images.gc_high_percent,
-        "imageGCLowThresholdPercent": config.images.gc_low_percent,
-        "cgroupRoot": config.cgroup_root,
-        "cgroupsPerQOS": config.cgroups_per_qos,
-        "cgroupDriver": match config.cgroup_driver {
-            CgroupDriver::Cgroupfs => "cgroupfs",
-            CgroupDriver::Systemd => "systemd",
-        },
-        "maxPods": config.max_pods,
-        "podPidsLimit": config.pod_pids_limit,
-        "resolvConf": config.resolv_conf,
-        "cpuCFSQuota": config.cpu_cfs_quota,
-        "cpuCFSQuotaPeriod": duration::format(config.cpu_cfs_quota_period),
-        "nodeStatusMaxImages": config.images.status_max_images,
-        "failSwapOn": config.fail_swap_on,
-        "failCgroupV1": config.fail_cgroup_v1,
-        "containerLogMaxSize": config.container_log_max_size.to_string(),
-        "containerLogMaxFiles": config.container_log_max_files,
-        "registerNode": config.register_node,
-        "seccompDefault": config.seccomp_default,
-        "enableDebuggingHandlers": config.server.debugging_handlers,
-        "runtimeRequestTimeout": duration::format(config.runtime_request_timeout)
-    }) {
-        Value::Object(map) => map,
-        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {
-            Map::new()
-        }
-    };
-    // One macro cannot hold all of it.
-    for (name, value) in [
-        (
-            "fileCheckFrequency",
-            json!(duration::format(config.file_check_frequency)),
-        ),
-        (
-            "httpCheckFrequency",
-            json!(duration::format(config.http_check_frequency)),
-        ),
-        ("enableSystemLogHandler", json!(config.server.system_logs)),
-        ("enableDebugFlagsHandler", json!(config.server.debug_flags)),
-        ("enableProfilingHandler", json!(config.server.profiling)),
-        ("readOnlyPort", json!(config.server.read_only.port())),
-    ] {
-        shown.insert(name.to_owned(), value);
-    }
-    super::check::merge(&mut shown, tree);
-    // Whoever may read the configuration need not read these secrets.
-    if let Some(Value::Object(headers)) = shown.get_mut("staticPodURLHeader") {
-        headers.values_mut().for_each(|v| *v = json!(["<masked>"]));
-    }
-    Value::Object(shown)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Threshold;
+    use serde_json::json;
 
     fn resolved(value: Value) -> Result<Config, ConfigError> {
         let Value::Object(tree) = value else {
