@@ -34,9 +34,9 @@ pub(crate) struct Test {
     /// Only scenarios whose name contains this
     #[arg(long, value_name = "TEXT", conflicts_with = "no_cluster")]
     scenario: Option<String>,
-    /// Leave the upstream suite out, which takes the longest
-    #[arg(long)]
-    no_conformance: bool,
+    /// Also what certification asks of a node (`conformance --suite node-core`), which takes longest
+    #[arg(long, conflicts_with_all = ["no_cluster", "scenario"])]
+    conformance: bool,
     /// Leave the lab `test` up, to look at a failure
     #[arg(long)]
     keep: bool,
@@ -50,7 +50,7 @@ impl Test {
         let tally = suite::run(&suite::TestOptions {
             may_install: !self.no_install,
             cluster: !self.no_cluster,
-            conformance: !self.no_conformance,
+            conformance: self.conformance,
             vm: self.vm,
             keep: self.keep,
             filter: self.scenario,

@@ -5,6 +5,8 @@
 //! the engine and another one comes. The [`World`] outlives agents: engine, node and apiserver.
 //! It is the reference: it knows only what happened, and complains when a rule is broken.
 
+mod truth;
+
 use super::admission::Admission;
 use super::clock::Clock;
 use super::environment::{PodEnvironment, Rejection, ResizeRefusal, StartContext, StepError};
@@ -28,13 +30,15 @@ use runtime::service::{
     ContainerConfig, ContainerState, ContainerStatus, ImageConfig, RuntimeService, SandboxConfig,
 };
 use serde_json::{Map, Value, json};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use truth::{ended, impossible, merge};
 
 const UID: &str = "u1";
 /// 2026-01-01.
@@ -276,69 +280,6 @@ impl StatusApi for Apiserver {
         held.exists = false;
         Ok(())
     }
-}
-
-/// A strategic merge as far as a pod status needs it.
-fn merge(status: &mut Value, patch: &Value) {
-    for (key, value) in patch.as_object().into_iter().flatten() {
-        if key == "conditions" {
-            let mut all: BTreeMap<String, Value> = BTreeMap::new();
-            let known = status[key].as_array().cloned().unwrap_or_default();
-            for condition in known.iter().chain(value.as_array().into_iter().flatten()) {
-                let type_ = condition["type"].as_str().unwrap_or_default().to_owned();
-                all.insert(type_, condition.clone());
-            }
-            status[key] = all.into_values().collect();
-        } else if value.is_null() {
-            status.as_object_mut().map(|s| s.remove(key));
-        } else if let Some(items) = value.as_array() {
-            let real = items.iter().filter(|i| i.get("$patch").is_none());
-            status[key] = real.cloned().collect();
-        } else {
-            status[key] = value.clone();
-        }
-    }
-}
-
-fn ended(status: &Value) -> bool {
-    matches!(status["phase"].as_str(), Some("Succeeded" | "Failed"))
-}
-
-fn containers(status: &Value) -> Vec<Value> {
-    let lists = ["initContainerStatuses", "containerStatuses"];
-    let all = lists.iter().flat_map(|l| status[*l].as_array().cloned());
-    all.flatten().collect()
-}
-
-/// What cannot be true of a status after the one before it.
-fn impossible(before: &Value, after: &Value, unready: &BTreeSet<String>) -> Vec<String> {
-    let mut wrong = Vec::new();
-    if ended(before) && before["phase"] != after["phase"] {
-        wrong.push(format!(
-            "phase {} became {}",
-            before["phase"], after["phase"]
-        ));
-    }
-    let newer = containers(after);
-    for old in containers(before) {
-        let Some(new) = newer.iter().find(|c| c["name"] == old["name"]) else {
-            wrong.push(format!("the status of {} vanished", old["name"]));
-            continue;
-        };
-        if new["restartCount"].as_i64() < old["restartCount"].as_i64() {
-            wrong.push(format!("fewer restarts: {old} then {new}"));
-        }
-        let id = new["containerID"].as_str().unwrap_or_default();
-        let same = old["containerID"] == new["containerID"];
-        let runs = |c: &Value| !c["state"]["running"].is_null();
-        let flips = old["ready"] == json!(true) && new["ready"] == json!(false);
-        if same && runs(&old) && runs(new) && flips && !unready.contains(id) {
-            wrong.push(format!(
-                "{id} was told not ready, and nobody had found it so"
-            ));
-        }
-    }
-    wrong
 }
 
 /// A running agent.
