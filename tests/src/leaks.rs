@@ -171,8 +171,8 @@ pub fn shims_of_node(hierarchies: &[PathBuf]) -> Vec<(process::ProcessIdentity, 
 fn sandbox_of_shim(pid: i32) -> Option<String> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let line = String::from_utf8_lossy(&line).into_owned();
-    let words = line.split('\0').filter(|word| word.contains("/sandboxes/"));
-    let id = words.last()?.rsplit('/').next()?;
+    let mut words = line.split('\0').filter(|word| word.contains("/sandboxes/"));
+    let id = words.next_back()?.rsplit('/').next()?;
     (id.len() == 64).then(|| id.to_owned())
 }
 
