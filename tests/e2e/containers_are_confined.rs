@@ -19,6 +19,7 @@ fn root_of_a_pod_with_users_of_its_own_is_nobody_on_the_node() -> Result<()> {
     let extra = "    volumeMounts:
     - {name: scratch, mountPath: /scratch}
     - {name: config, mountPath: /config}
+  nodeName: node-1
   hostUsers: false
   securityContext: {fsGroup: 4321}
   volumes:
@@ -58,9 +59,13 @@ fn root_of_a_pod_with_users_of_its_own_is_nobody_on_the_node() -> Result<()> {
         inside.starts_with("0\n") && inside.contains(&first.to_string()),
         "{inside}"
     );
-    // A second pod has other ids.
+    // A second pod of the node has other ids.
     let script = "cat /proc/self/uid_map; sleep 1000";
-    scenario.apply(&script_pod("second", script, "  hostUsers: false\n"))?;
+    scenario.apply(&script_pod(
+        "second",
+        script,
+        "  nodeName: node-1\n  hostUsers: false\n",
+    ))?;
     scenario.ready("second")?;
     let map = || {
         let logs = scenario.kubectl(&["logs", "second"])?;
