@@ -407,6 +407,8 @@ fn exec_on_a_terminal_has_its_size_and_its_signals() -> Result<()> {
         terminal.send("echoed\n")?;
         terminal.expect("echoed\r\nechoed\r\n")?;
         terminal.send("\u{3}")?;
+        // Only the shell may read what follows, not the `cat` that is about to die.
+        terminal.expect("# ")?;
         terminal.send("exit 4\n")?;
         let (status, shown) = terminal.finish()?;
         ensure!(status.code() == Some(4), "{status:?}: {shown}");

@@ -8,6 +8,7 @@ use super::resize::allocation::{self, Allocation};
 use super::resize::execute;
 use super::spec;
 use super::state::EndingNote;
+use crate::api::endpoint::chain;
 use crate::events::{EventSink, EventType, field_path};
 use crate::images::{ImagePuller, PullError, PullRequest};
 use crate::launch::container::ContainerImages;
@@ -134,7 +135,7 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
 
     fn save_allocation(&self, uid: &str, allocation: &Allocation) -> Result<(), StepError> {
         let saved = allocation::save(&self.context.load().root_dir, uid, allocation);
-        saved.map_err(|e| StepError::new("UnexpectedAdmissionError", e.to_string()))
+        saved.map_err(|e| StepError::new("UnexpectedAdmissionError", chain(&e)))
     }
 
     fn wanted_resources(&self, pod: &Pod) -> Option<WantedResources> {

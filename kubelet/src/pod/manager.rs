@@ -46,6 +46,8 @@ pub(super) struct Handle {
     pub(super) newest: Arc<Pod>,
     /// What it was granted of that.
     pub(super) allocation: Allocation,
+    /// Whether the record on disk says so.
+    pub(super) recorded: bool,
 }
 
 /// The UIDs that finished last, as many as could still be shown by a stale list.
@@ -330,7 +332,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
             desired.resize.pending = resize::told(&newest);
         }
         if self.is_new(&desired, &uid)
-            && let Err(refusal) = self.admit(&desired.pod, &allocation, recorded.is_some())
+            && let Err(refusal) = self.admit(&desired.pod)
         {
             let warning = EventType::Warning;
             let text = &refusal.message;
@@ -355,33 +357,44 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
             mailbox,
             newest,
             allocation,
+            recorded: recorded.is_some(),
         };
         self.workers.insert(uid.clone(), handle);
+        self.record_allocation(&uid);
         self.grant_waiting();
         self.tasks.spawn(async move { (uid, worker.run().await) });
     }
 
-    /// Admits a new pod and records what it is granted.
-    fn admit(
-        &self,
-        pod: &Arc<Pod>,
-        allocation: &Allocation,
-        recorded: bool,
-    ) -> Result<(), Rejection> {
+    /// Asks whether a new pod may run here, and makes room for it if it is critical.
+    fn admit(&self, pod: &Arc<Pod>) -> Result<(), Rejection> {
         let others = self.others(spec::uid(pod));
         let admission = self.deps.environment.admit(pod, &others)?;
         self.preempt(&admission.preempt);
-        if !recorded {
-            let saved = self
-                .deps
-                .environment
-                .save_allocation(spec::uid(pod), allocation);
-            saved.map_err(|e| Rejection {
-                reason: e.reason,
-                message: e.message,
-            })?;
-        }
         Ok(())
+    }
+
+    /// Records what a pod was granted, if that is not done yet. A disk that is full is no reason to
+    /// refuse a pod: its own steps tell of that, and the next audit tries again.
+    fn record_allocation(&mut self, uid: &str) {
+        let Some(worker) = self.workers.get_mut(uid) else {
+            return;
+        };
+        let ends = {
+            let desired = worker.desired.borrow();
+            let leaves = desired.gone || desired.pod.metadata.deletion_timestamp.is_some();
+            leaves || desired.rejected.is_some() || spec::is_terminal(&desired.pod)
+        };
+        if worker.recorded || ends {
+            return;
+        }
+        let environment = &self.deps.environment;
+        match environment.save_allocation(uid, &worker.allocation) {
+            Ok(()) => worker.recorded = true,
+            Err(error) => {
+                let pod = spec::describe(&worker.newest);
+                warn!(pod, %error, "Allocation not recorded, the next audit tries again");
+            }
+        }
     }
 
     /// Ends pods that have to give room to a critical one.
@@ -455,6 +468,9 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
     fn audit(&mut self) {
         self.wake_all();
         if self.is_synced() {
+            for uid in self.workers.keys().cloned().collect::<Vec<_>>() {
+                self.record_allocation(&uid);
+            }
             self.grant_waiting();
             self.end_unknown();
         }

@@ -117,6 +117,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
                     generation, "Other resources granted"
                 );
                 worker.allocation = allocation;
+                worker.recorded = true;
                 worker.desired.send_modify(|d| {
                     d.pod = wanted.clone();
                     d.resize.pending = None;
