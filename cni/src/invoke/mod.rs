@@ -47,6 +47,7 @@ pub struct Networks {
     records: Records,
     conf_dir: PathBuf,
     stamp: Option<Stamp>,
+    settled: bool,
     time_limit: Duration,
     /// Read by ADD, DEL and CHECK, written by GC: the specification forbids them side by side.
     gate: RwLock<()>,
@@ -144,9 +145,14 @@ impl Networks {
         bin_dirs: &[PathBuf],
         record_dir: &Path,
     ) -> Result<Self, LoadError> {
+        let begun = SystemTime::now();
         let (list, rejected) = conflist::first_valid(conf_dir)?;
+        let stamp = stamp(conf_dir, &list.file);
         Ok(Self {
-            stamp: stamp(conf_dir, &list.file),
+            settled: stamp
+                .as_ref()
+                .is_some_and(|s| s.dir.max(s.file) + CLOCK_TICK < begun),
+            stamp,
             list,
             rejected,
             bin_dirs: bin_dirs.to_vec(),
@@ -183,10 +189,13 @@ impl Networks {
     }
 
     /// Whether the directory still looks as it did (two `stat` calls): when not, load again.
+    ///
+    /// What was loaded within a tick of the kernel's clock of a change never counts as current: a
+    /// second change in that tick would leave the same times behind.
     #[must_use]
     pub fn is_current(&self) -> bool {
         let now = stamp(&self.conf_dir, &self.list.file);
-        now.is_some() && now == self.stamp
+        now.is_some() && now == self.stamp && self.settled
     }
 
     /// Runs the chain in order, each plugin given the result of the one before, and records the
@@ -396,6 +405,9 @@ pub struct GcReport {
     /// Recorded attachments that were detached; plugins may have freed more by themselves.
     pub detached: Vec<AttachmentKey>,
 }
+
+/// More than one tick of the clock that files are stamped with (10 ms at CONFIG_HZ=100).
+const CLOCK_TICK: Duration = Duration::from_millis(20);
 
 fn stamp(dir: &Path, file: &Path) -> Option<Stamp> {
     let modified = |path: &Path| path.metadata().and_then(|m| m.modified()).ok();

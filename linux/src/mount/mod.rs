@@ -100,20 +100,28 @@ pub fn filesystem(
 pub struct Overlay<'a> {
     /// Lower directories, topmost first.
     pub lower: &'a [PathBuf],
-    /// Writable layer.
-    pub upper: &'a Path,
-    /// Work directory on the same filesystem as `upper`.
-    pub work: &'a Path,
+    /// Writable layer, and a work directory on its filesystem. Without them the overlay is
+    /// read-only and takes two lower directories at least.
+    pub changes: Option<(&'a Path, &'a Path)>,
     /// More options.
     pub options: &'a [String],
 }
 
-/// A detached overlay (Linux 6.5).
+/// A detached overlay. Kernels before Linux 6.5 have to mount it somewhere first: at `scratch`, a
+/// directory nobody else uses in this mount namespace.
 ///
 /// # Errors
-/// As [`overlay_at`]; `EINVAL` from older kernels.
-pub fn overlay_detached(overlay: &Overlay<'_>) -> io::Result<OwnedFd> {
-    overlay_by_context(overlay)
+/// As [`overlay_at`].
+pub fn overlay_detached(overlay: &Overlay<'_>, scratch: &Path) -> io::Result<OwnedFd> {
+    match overlay_by_context(overlay) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            let mounted = overlay_by_string(overlay, scratch)?;
+            let detached = clone_fd(mounted.as_fd(), false);
+            rustix::mount::unmount(scratch, UnmountFlags::DETACH)?;
+            detached
+        }
+        made => made,
+    }
 }
 
 /// Mount an overlay and return a descriptor of its root, attached at `at`.
@@ -135,24 +143,7 @@ pub fn overlay_at(overlay: &Overlay<'_>, at: &Path) -> io::Result<OwnedFd> {
     }
 }
 
-/// A detached read-only overlay of two or more directories, topmost first (Linux 6.5).
-///
-/// # Errors
-/// `EINVAL` for a single directory.
-pub fn overlay_of_lower(lower: &[PathBuf]) -> io::Result<OwnedFd> {
-    overlay_of(lower, None, &[])
-}
-
 fn overlay_by_context(overlay: &Overlay<'_>) -> io::Result<OwnedFd> {
-    let upper = Some((overlay.upper, overlay.work));
-    overlay_of(overlay.lower, upper, overlay.options)
-}
-
-fn overlay_of(
-    lower: &[PathBuf],
-    upper: Option<(&Path, &Path)>,
-    options: &[String],
-) -> io::Result<OwnedFd> {
     use std::os::unix::ffi::OsStrExt;
     let context = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     rustix::mount::fsconfig_set_string(&context, "source", "overlay")?;
@@ -167,14 +158,14 @@ fn overlay_of(
         held.push(fd);
         Ok(rustix::mount::fsconfig_set_string(&context, key, name)?)
     };
-    for lower in lower {
+    for lower in overlay.lower {
         set("lowerdir+", lower)?;
     }
-    if let Some((upper, work)) = upper {
+    if let Some((upper, work)) = overlay.changes {
         set("upperdir", upper)?;
         set("workdir", work)?;
     }
-    for option in options {
+    for option in overlay.options {
         match option.split_once('=') {
             Some((key, value)) => rustix::mount::fsconfig_set_string(&context, key, value)?,
             None => rustix::mount::fsconfig_set_flag(&context, option.as_str())?,
@@ -195,14 +186,17 @@ fn overlay_by_string(overlay: &Overlay<'_>, at: &Path) -> io::Result<OwnedFd> {
         .iter()
         .map(|p| open_path(p))
         .collect::<io::Result<Vec<_>>>()?;
-    let (upper, work) = (open_path(overlay.upper)?, open_path(overlay.work)?);
+    let changes = match overlay.changes {
+        Some((upper, work)) => Some((open_path(upper)?, open_path(work)?)),
+        None => None,
+    };
     let names: Vec<String> = lower.iter().map(|fd| fd_path(fd.as_fd())).collect();
-    let mut data = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        names.join(":"),
-        fd_path(upper.as_fd()),
-        fd_path(work.as_fd()),
-    );
+    let mut data = format!("lowerdir={}", names.join(":"));
+    if let Some((upper, work)) = &changes {
+        for (key, fd) in [("upperdir", upper), ("workdir", work)] {
+            data.push_str(&format!(",{key}={}", fd_path(fd.as_fd())));
+        }
+    }
     for option in overlay.options {
         data.push(',');
         data.push_str(option);

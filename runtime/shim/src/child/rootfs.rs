@@ -134,12 +134,11 @@ fn mount_root(spec: &LaunchSpec, layers: &mut Layers<'_>) -> Result<Root, ShimEr
     layers.map(&rootfs.lower)?;
     let overlay = Overlay {
         lower: &rootfs.lower,
-        upper: &rootfs.upper,
-        work: &rootfs.work,
+        changes: Some((&rootfs.upper, &rootfs.work)),
         options: &rootfs.options,
     };
     let mounted = if layers.userns.is_some() {
-        mount::overlay_detached(&overlay).map(Root::Detached)
+        mount::overlay_detached(&overlay, &spec.state_dir).map(Root::Detached)
     } else {
         // Any directory would do as the place: nobody else sees this namespace.
         mount::overlay_at(&overlay, &spec.state_dir).map(Root::Attached)
@@ -275,13 +274,15 @@ fn take_layers(
     layers.map(lower)?;
     let made = match (lower, content.changes) {
         ([only], None) => mount::clone_path(only, false),
-        (_, None) => mount::overlay_of_lower(lower),
-        (_, Some((upper, work))) => mount::overlay_detached(&Overlay {
-            lower,
-            upper,
-            work,
-            options: &["volatile".to_owned()],
-        }),
+        (_, changes) => {
+            let volatile = ["volatile".to_owned()];
+            let overlay = Overlay {
+                lower,
+                changes: changes.map(|(upper, work)| (upper.as_path(), work.as_path())),
+                options: if changes.is_some() { &volatile } else { &[] },
+            };
+            mount::overlay_detached(&overlay, &spec.state_dir)
+        }
     };
     let mut tree = made.map_err(what)?;
     if let Some(sub) = content.sub_path {
