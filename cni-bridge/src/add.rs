@@ -1,4 +1,5 @@
-//! ADD: lease, bridge, masquerade chain, pair, addresses and routes, in this order.
+//! ADD: lease, bridge, rules of the network, pair, addresses and routes, rules of the pod, in this
+//! order.
 //!
 //! Each step is idempotent and keyed by the attachment, so that an ADD killed anywhere is
 //! finished by repeating it and undone by DEL.
@@ -9,34 +10,35 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use cni::firewall;
+use cni::attach::{address, names, plan};
+use cni::records::Guard;
 use cni::skel::Input;
 use cni::types::{AttachResult, CniError, ErrorCode, Interface};
-use ipnet::IpNet;
-use linux::netlink::{
-    AddressSpec, BridgeSpec, Change, Link, Mac, Outcome, PortSpec, Rtnl, VethSpec, in_netns,
-};
-use linux::nft::Nft;
+use cni::{bandwidth, firewall, tuning};
+use linux::netlink::{Change, Link, Mac, Outcome, PortSpec, Rtnl, VethSpec, in_netns};
 use linux::sysctl::{Sysctl, SysctlError};
 
 use crate::config::BridgeConf;
-use crate::{address, kernel, plan};
+use crate::{bridge, kernel, network};
 
 pub(crate) fn add(input: &Input<'_>) -> Result<AttachResult, CniError> {
     let conf = BridgeConf::parse(input)?;
+    input.refuse_unknown_args(&["IP", "MAC"])?;
+    conf.tuning.allowed_by(Path::new(tuning::ALLOWLIST))?;
     let netns_path = input.netns.as_deref().unwrap_or(Path::new(""));
     let netns = open_netns(netns_path)?;
     let mut rtnl = Rtnl::open().map_err(|e| kernel(&e))?;
     let mut inside = Rtnl::open_in(netns.as_fd()).map_err(|e| kernel(&e))?;
-    let host_name = plan::host_name(&input.conf.name, &input.owner());
-    refuse_foreign_interface(input, &host_name, &mut rtnl, &mut inside)?;
+    refuse_foreign_interface(input, &mut rtnl, &mut inside)?;
     let mut result = address::allocate(input, &conf.ipam, &mut rtnl)?;
     let made = attach(input, &conf, &netns, &mut rtnl, &mut inside, &mut result);
     if let Err(error) = made {
         // Best effort: the runtime is bound to DEL after a failure anyway.
-        let _ = rtnl.apply(&[Change::RemoveLink { name: host_name }]);
-        let _ = address::free(input, &conf.ipam);
+        let _ = network::detach(input, &conf, &mut rtnl);
         return Err(error);
+    }
+    if let Some(previous) = input.conf.previous()? {
+        result = result.after(previous);
     }
     Ok(result)
 }
@@ -48,7 +50,7 @@ fn open_netns(path: &Path) -> Result<File, CniError> {
     };
     let netns = File::open(path).map_err(|e| failed("open", &e))?;
     let inode = |file: &File| file.metadata().map(|m| (m.dev(), m.ino()));
-    let own = File::open("/proc/self/ns/net").and_then(|own| inode(&own));
+    let own = std::fs::metadata("/proc/self/ns/net").map(|m| (m.dev(), m.ino()));
     let own = own.map_err(|e| failed("compare", &e))?;
     if inode(&netns).map_err(|e| failed("look at", &e))? == own {
         let msg = format!("network namespace {} is the node's own", path.display());
@@ -61,13 +63,13 @@ fn open_netns(path: &Path) -> Result<File, CniError> {
 /// attachment's killed ADD is not meant: it is made anew.
 fn refuse_foreign_interface(
     input: &Input<'_>,
-    host_name: &str,
     rtnl: &mut Rtnl,
     inside: &mut Rtnl,
 ) -> Result<(), CniError> {
-    let here = rtnl.link_by_name(host_name).map_err(|e| kernel(&e))?;
+    let host_name = names::host_name(&input.conf.name, &input.owner());
+    let here = rtnl.link_by_name(&host_name).map_err(|e| kernel(&e))?;
     let there = inside.link_by_name(&input.ifname).map_err(|e| kernel(&e))?;
-    let alias = plan::alias(&input.conf.name, &input.owner());
+    let alias = names::alias(&input.conf.name, &input.owner());
     match (here, there) {
         (None, None) => Ok(()),
         (None, Some(_)) => {
@@ -77,9 +79,7 @@ fn refuse_foreign_interface(
         }
         // Without an alias: killed between making it and marking it.
         (Some(link), _) if link.alias.is_empty() || link.alias == alias => rtnl
-            .apply(&[Change::RemoveLink {
-                name: host_name.to_owned(),
-            }])
+            .apply(&[Change::RemoveLink { name: host_name }])
             .map(|_| ())
             .map_err(|e| kernel(&e)),
         (Some(link), _) => {
@@ -100,27 +100,65 @@ fn attach(
     inside: &mut Rtnl,
     result: &mut AttachResult,
 ) -> Result<(), CniError> {
-    fill_gateways(conf, result)?;
+    let owner = input.owner();
+    bridge::fill_gateways(conf, result)?;
     let gateways = plan::gateways(result);
-    let bridge = ensure_bridge(conf, &gateways, rtnl)?;
+    let bridge = bridge::ensure(conf, &gateways, rtnl)?;
+    let mut gateway_link = None;
     if conf.is_gateway {
-        ensure_gateway(conf, &bridge, &gateways, rtnl)?;
+        gateway_link = bridge::ensure_gateway(conf, &bridge, &gateways, rtnl)?;
     }
-    if conf.masquerade {
-        let subnets = address::subnets(input, &conf.ipam, result);
-        let chain = firewall::masquerade(&input.conf.name, &subnets, &conf.masquerade_except);
-        Nft::open()
-            .and_then(|mut nft| nft.ensure_chain(&chain))
-            .map_err(|e| kernel(&e))?;
-    }
+    network::ensure(input, conf, result)?;
     result.routes = plan::routes(result, conf.is_default_gateway);
+    if let Some(dns) = &conf.dns {
+        result.dns = dns.clone();
+    }
     let first = result.ips.first().map(|ip| ip.address.addr());
-    let host_name = plan::host_name(&input.conf.name, &input.owner());
+    let host_name = names::host_name(&input.conf.name, &owner);
     let mac = conf
         .mac
-        .unwrap_or_else(|| plan::container_mac(first, &host_name));
+        .unwrap_or_else(|| names::container_mac(first, &host_name));
+    let guard = conf.guarded.then(|| Guard {
+        port: host_name,
+        mac: mac.0,
+    });
+    let addresses: Vec<_> = result.ips.iter().map(|ip| ip.address).collect();
+    // Before the pair: no frame of the pod comes earlier than its guard.
+    network::rules(input, conf, result)?.ensure(&owner, &addresses, guard)?;
+    if conf.ports.snat && addresses.iter().any(|net| net.addr().is_ipv4()) {
+        loopback(conf, gateway_link.as_ref().unwrap_or(&bridge))?;
+    }
     let host = make_pair(input, conf, netns, &bridge, mac, rtnl)?;
+    let limiter = bandwidth::ensure(rtnl, &input.conf.name, &owner, &host, conf.bandwidth)
+        .map_err(|e| kernel(&e))?;
     let mtu = configure_inside(input, conf, netns, inside, result)?;
+    result.interfaces = interfaces(input, [&bridge, &host], mac, mtu);
+    let node_link = |link: &Link| Interface {
+        name: link.name.clone(),
+        mac: link.mac.map(|mac| mac.to_string()).unwrap_or_default(),
+        mtu: Some(link.mtu_bytes),
+        ..Interface::default()
+    };
+    result
+        .interfaces
+        .extend(gateway_link.as_ref().map(node_link));
+    result.interfaces.extend(limiter);
+    for ip in &mut result.ips {
+        ip.interface = Some(2);
+    }
+    Ok(())
+}
+
+/// Host ports are reached by `localhost` when the way to the pod takes packets from there.
+fn loopback(conf: &BridgeConf, towards_pods: &Link) -> Result<(), CniError> {
+    if conf.ports.mappings.is_empty() {
+        return Ok(());
+    }
+    firewall::let_loopback_through(&towards_pods.name)
+        .map_err(|e| CniError::caused(ErrorCode::Kernel, "let loopback reach host ports", &e))
+}
+
+fn interfaces(input: &Input<'_>, links: [&Link; 2], mac: Mac, mtu: u32) -> Vec<Interface> {
     let interface = |name: &str, mac: Option<Mac>, mtu, sandbox: &Path| Interface {
         name: name.to_owned(),
         mac: mac.map(|mac| mac.to_string()).unwrap_or_default(),
@@ -130,167 +168,12 @@ fn attach(
     };
     let node = Path::new("");
     let netns_path = input.netns.as_deref().unwrap_or(node);
-    result.interfaces = vec![
-        interface(&bridge.name, bridge.mac, bridge.mtu_bytes, node),
-        interface(&host.name, host.mac, host.mtu_bytes, node),
-        interface(&input.ifname, Some(mac), mtu, netns_path),
-    ];
-    for ip in &mut result.ips {
-        ip.interface = Some(2);
-    }
-    Ok(())
-}
-
-/// A gateway is needed where the bridge is one; foreign IPAM plugins may leave it out, and the
-/// reference then takes the subnet's first address.
-fn fill_gateways(conf: &BridgeConf, result: &mut AttachResult) -> Result<(), CniError> {
-    if !conf.is_gateway {
-        return Ok(());
-    }
-    for ip in &mut result.ips {
-        if ip.gateway.is_none() {
-            let first = ip.address.hosts().next();
-            ip.gateway = first.filter(|gateway| *gateway != ip.address.addr());
-        }
-        if ip.gateway.is_none() {
-            let msg = format!(
-                "isGateway: subnet of {} has no room for a gateway",
-                ip.address
-            );
-            return Err(CniError::new(ErrorCode::InvalidConfig, msg));
-        }
-    }
-    Ok(())
-}
-
-fn ensure_bridge(conf: &BridgeConf, gateways: &[IpNet], rtnl: &mut Rtnl) -> Result<Link, CniError> {
-    let found = rtnl.link_by_name(&conf.bridge).map_err(|e| kernel(&e))?;
-    let bridge = match found {
-        Some(bridge) => bridge,
-        None => {
-            let mac = plan::bridge_mac(&conf.bridge, gateways.first().map(IpNet::addr));
-            let spec = BridgeSpec {
-                name: conf.bridge.clone(),
-                mac: Some(mac),
-                mtu_bytes: conf.mtu_bytes,
-            };
-            rtnl.apply(&[Change::AddBridge(spec)])
-                .map_err(|e| kernel(&e))?;
-            let made = rtnl.link_by_name(&conf.bridge).map_err(|e| kernel(&e))?;
-            made.ok_or_else(|| {
-                let msg = format!("bridge {} vanished while it was made", conf.bridge);
-                CniError::new(ErrorCode::TryAgain, msg)
-            })?
-        }
-    };
-    if bridge.kind != "bridge" {
-        let kind = if bridge.kind.is_empty() {
-            "hardware"
-        } else {
-            &bridge.kind
-        };
-        let msg = format!(
-            "bridge {:?} exists and is no bridge but {kind}",
-            conf.bridge
-        );
-        return Err(CniError::new(ErrorCode::InvalidConfig, msg));
-    }
-    let index = bridge.index;
-    let mut changes = Vec::new();
-    if !bridge.up {
-        changes.push(Change::SetUp { index, up: true });
-    }
-    if conf.promiscuous && !bridge.promiscuous {
-        changes.push(Change::SetPromiscuous { index, on: true });
-    }
-    rtnl.apply(&changes).map_err(|e| kernel(&e))?;
-    Ok(bridge)
-}
-
-/// Gives the bridge the gateways' addresses and lets the node forward.
-fn ensure_gateway(
-    conf: &BridgeConf,
-    bridge: &Link,
-    gateways: &[IpNet],
-    rtnl: &mut Rtnl,
-) -> Result<(), CniError> {
-    let spec = |net: &IpNet| AddressSpec {
-        index: bridge.index,
-        address: net.addr(),
-        prefix_len: net.prefix_len(),
-        detect_duplicates: false,
-    };
-    let changes: Vec<Change> = gateways
+    let mut all: Vec<Interface> = links
         .iter()
-        .map(|net| Change::AddAddress(spec(net)))
+        .map(|link| interface(&link.name, link.mac, link.mtu_bytes, node))
         .collect();
-    let outcomes = rtnl.apply(&changes).map_err(|e| kernel(&e))?;
-    if outcomes.contains(&Outcome::Done) {
-        // Only a bridge that had not all of them may carry others.
-        settle_other_addresses(conf, bridge, gateways, rtnl)?;
-    }
-    forward(gateways).map_err(|e| CniError::caused(ErrorCode::Kernel, "let the node forward", &e))
-}
-
-/// Other addresses of the bridge that share a subnet with a gateway: removed when forced, else
-/// an error, and the gateway is not left beside them.
-fn settle_other_addresses(
-    conf: &BridgeConf,
-    bridge: &Link,
-    gateways: &[IpNet],
-    rtnl: &mut Rtnl,
-) -> Result<(), CniError> {
-    let mut remove = Vec::new();
-    for other in rtnl.addresses_of(bridge.index).map_err(|e| kernel(&e))? {
-        let Ok(net) = IpNet::new(other.address, other.prefix_len) else {
-            continue;
-        };
-        let shares = |gw: &IpNet| gw.contains(&net.addr()) || net.contains(&gw.addr());
-        if gateways.contains(&net) || !gateways.iter().any(shares) {
-            continue;
-        }
-        if !conf.force_address {
-            let undo = gateways
-                .iter()
-                .map(|net| Change::RemoveAddress(on_bridge(bridge, net)));
-            let _ = rtnl.apply(&undo.collect::<Vec<_>>());
-            let msg = format!(
-                "bridge {} has address {net} already; forceAddress would replace it",
-                bridge.name
-            );
-            return Err(CniError::new(ErrorCode::InvalidConfig, msg));
-        }
-        remove.push(Change::RemoveAddress(other));
-    }
-    if remove.is_empty() {
-        return Ok(());
-    }
-    // Addresses of one subnet hang together: with the first the kernel removes the later ones,
-    // ours among them.
-    let again = gateways
-        .iter()
-        .map(|net| Change::AddAddress(on_bridge(bridge, net)));
-    remove.extend(again);
-    rtnl.apply(&remove).map(|_| ()).map_err(|e| kernel(&e))
-}
-
-fn on_bridge(bridge: &Link, net: &IpNet) -> AddressSpec {
-    AddressSpec {
-        index: bridge.index,
-        address: net.addr(),
-        prefix_len: net.prefix_len(),
-        detect_duplicates: false,
-    }
-}
-
-fn forward(gateways: &[IpNet]) -> Result<(), SysctlError> {
-    if gateways.iter().any(|net| net.addr().is_ipv4()) {
-        Sysctl::of(&["net", "ipv4", "ip_forward"])?.ensure("1")?;
-    }
-    if gateways.iter().any(|net| net.addr().is_ipv6()) {
-        Sysctl::of(&["net", "ipv6", "conf", "all", "forwarding"])?.ensure("1")?;
-    }
-    Ok(())
+    all.push(interface(&input.ifname, Some(mac), mtu, netns_path));
+    all
 }
 
 fn make_pair(
@@ -301,9 +184,9 @@ fn make_pair(
     mac: Mac,
     rtnl: &mut Rtnl,
 ) -> Result<Link, CniError> {
-    let name = plan::host_name(&input.conf.name, &input.owner());
+    let name = names::host_name(&input.conf.name, &input.owner());
     let spec = VethSpec {
-        mac: plan::host_mac(&name),
+        mac: names::host_mac(&name),
         master: Some(bridge.index),
         mtu_bytes: conf.mtu_bytes,
         peer_name: input.ifname.clone(),
@@ -331,7 +214,7 @@ fn make_pair(
         .link_by_name(&name)
         .map_err(|e| kernel(&e))?
         .ok_or_else(vanished)?;
-    let alias = plan::alias(&input.conf.name, &input.owner());
+    let alias = names::alias(&input.conf.name, &input.owner());
     let index = host.index;
     // A port needs no address of its own.
     let mut changes = vec![
@@ -346,6 +229,7 @@ fn make_pair(
             isolated,
         }));
     }
+    changes.extend(bridge::port_vlans(conf, bridge, index));
     changes.push(Change::SetUp { index, up: true });
     rtnl.apply(&changes).map_err(|e| kernel(&e))?;
     Ok(host)
@@ -367,21 +251,48 @@ fn configure_inside(
         .link_by_name(&input.ifname)
         .map_err(|e| kernel(&e))?
         .ok_or_else(vanished)?;
-    if conf.leave_down {
-        return Ok(link.mtu_bytes);
+    set_parameters(input, conf, netns, result)?;
+    let mut changes = Vec::new();
+    if !conf.leave_down {
+        changes = plan::container_changes(link.index, result, conf.detect_duplicates);
     }
-    if result.ips.iter().any(|ip| ip.address.addr().is_ipv6()) {
-        let ifname = input.ifname.as_str();
-        // Nodes without IPv6 of their own disable it for every new interface.
-        let enabled = in_netns(netns.as_fd(), || {
-            Sysctl::of(&["net", "ipv6", "conf", ifname, "disable_ipv6"])?.ensure("0")
-        });
-        let failed = |e: &(dyn std::error::Error + 'static)| {
-            CniError::caused(ErrorCode::Kernel, "enable IPv6 in the container", e)
-        };
-        enabled.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
-    }
-    let changes = plan::container_changes(link.index, result, conf.detect_duplicates);
+    changes.extend(conf.tuning.changes(link.index));
     inside.apply(&changes).map_err(|e| kernel(&e))?;
     Ok(link.mtu_bytes)
+}
+
+/// Kernel parameters of the container's namespace: entered only when there are any to set.
+fn set_parameters(
+    input: &Input<'_>,
+    conf: &BridgeConf,
+    netns: &File,
+    result: &AttachResult,
+) -> Result<(), CniError> {
+    let ifname = input.ifname.as_str();
+    let six = !conf.leave_down && result.ips.iter().any(|ip| ip.address.addr().is_ipv6());
+    // A chosen hardware address may be another than the last holder of the IP address had:
+    // neighbours are told.
+    let announce = !conf.leave_down && conf.mac.is_some();
+    if !six && !announce && conf.tuning.sysctl.is_empty() {
+        return Ok(());
+    }
+    let set = || -> Result<(), SysctlError> {
+        if six {
+            // Nodes without IPv6 of their own disable it for every new interface.
+            Sysctl::of(&["net", "ipv6", "conf", ifname, "disable_ipv6"])?.ensure("0")?;
+        }
+        if announce {
+            Sysctl::of(&["net", "ipv4", "conf", ifname, "arp_notify"])?.ensure("1")?;
+        }
+        for (parameter, value) in conf.tuning.parameters(ifname)? {
+            parameter.write(&value)?;
+        }
+        Ok(())
+    };
+    let failed = |e: &(dyn std::error::Error + 'static)| {
+        CniError::caused(ErrorCode::Kernel, "set parameters in the container", e)
+    };
+    in_netns(netns.as_fd(), set)
+        .map_err(|e| failed(&e))?
+        .map_err(|e| failed(&e))
 }

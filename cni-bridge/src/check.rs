@@ -4,14 +4,16 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use cni::firewall;
+use cni::attach::{address, names, plan};
+use cni::bandwidth;
+use cni::firewall::HostPorts;
+use cni::records::Guard;
 use cni::skel::Input;
 use cni::types::{AttachResult, CniError, ErrorCode};
-use linux::netlink::{Link, RouteSpec, Rtnl};
-use linux::nft::Nft;
+use linux::netlink::{Link, RouteSpec, Rtnl, in_netns};
 
 use crate::config::BridgeConf;
-use crate::{address, kernel, plan};
+use crate::{kernel, network};
 
 /// `RT_TABLE_MAIN`
 const RT_TABLE_MAIN: u32 = 254;
@@ -26,7 +28,7 @@ pub(crate) fn check(input: &Input<'_>, previous: &AttachResult) -> Result<(), Cn
     let bridge = present(&mut rtnl, &conf.bridge)?;
     let host = present(
         &mut rtnl,
-        &plan::host_name(&input.conf.name, &input.owner()),
+        &names::host_name(&input.conf.name, &input.owner()),
     )?;
     if host.master != Some(bridge.index) {
         return Err(differs(format!(
@@ -54,9 +56,21 @@ pub(crate) fn check(input: &Input<'_>, previous: &AttachResult) -> Result<(), Cn
             }
         }
     }
-    if conf.masquerade {
-        check_masquerade(input, &conf, previous)?;
-    }
+    // What others flushed concerns every pod: it is put back, and only what stays wrong is told.
+    network::ensure(input, &conf, previous)?;
+    let rules = network::rules(input, &conf, previous)?;
+    rules.repair()?;
+    network::check(input, &conf, previous)?;
+    let addresses = HostPorts::addresses(previous, &input.ifname);
+    let guard = guard(input, &conf, previous, &host)?;
+    rules.check(&input.owner(), &addresses, guard.as_ref())?;
+    bandwidth::check(
+        &mut rtnl,
+        &input.conf.name,
+        &input.owner(),
+        &host,
+        conf.bandwidth,
+    )?;
     check_inside(input, &conf, previous)?;
     address::check(input, &conf.ipam, previous)
 }
@@ -66,24 +80,29 @@ fn present(rtnl: &mut Rtnl, name: &str) -> Result<Link, CniError> {
     link.ok_or_else(|| differs(format!("link {name} is missing")))
 }
 
-fn check_masquerade(
+/// The guard that the container's port should have.
+fn guard(
     input: &Input<'_>,
     conf: &BridgeConf,
     previous: &AttachResult,
-) -> Result<(), CniError> {
-    let subnets = address::subnets(input, &conf.ipam, previous);
-    let chain = firewall::masquerade(&input.conf.name, &subnets, &conf.masquerade_except);
-    let rules = Nft::open()
-        .and_then(|mut nft| nft.rules_in(&chain.name))
-        .map_err(|e| kernel(&e))?;
-    if rules == Some(chain.rules.len()) {
-        Ok(())
-    } else {
-        Err(differs(format!(
-            "masquerade chain {} is missing or incomplete",
-            chain.name
-        )))
+    host: &Link,
+) -> Result<Option<Guard>, CniError> {
+    if !conf.guarded {
+        return Ok(None);
     }
+    let own = previous
+        .interfaces
+        .iter()
+        .find(|i| i.name == input.ifname && !i.sandbox.is_empty());
+    let mac = own.and_then(|i| i.mac.parse::<linux::netlink::Mac>().ok());
+    let mac = mac.ok_or_else(|| {
+        let msg = format!("prevResult tells no hardware address of {}", input.ifname);
+        CniError::new(ErrorCode::InvalidConfig, msg)
+    })?;
+    Ok(Some(Guard {
+        port: host.name.clone(),
+        mac: mac.0,
+    }))
 }
 
 fn check_inside(
@@ -135,7 +154,10 @@ fn check_inside(
             )));
         }
     }
-    check_routes(&mut inside, &link, previous)
+    check_routes(&mut inside, &link, previous)?;
+    let difference = in_netns(netns.as_fd(), || conf.tuning.difference(&link))
+        .map_err(|e| CniError::caused(ErrorCode::Kernel, "look into the container", &e))?;
+    difference.map_or(Ok(()), |msg| Err(differs(msg)))
 }
 
 fn check_routes(inside: &mut Rtnl, link: &Link, previous: &AttachResult) -> Result<(), CniError> {

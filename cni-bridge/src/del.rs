@@ -1,30 +1,15 @@
-//! DEL: the pair, then the lease. By container id and interface name alone: the namespace may be
-//! empty, dead or wrong, and there need be no previous result.
+//! DEL: the pair, then its rules, then the lease. By container id and interface name alone: the
+//! namespace may be empty, dead or wrong, and there need be no previous result.
 
 use cni::skel::Input;
-use cni::types::{CniError, ErrorCode};
-use linux::netlink::{Change, Rtnl};
+use cni::types::CniError;
+use linux::netlink::Rtnl;
 
 use crate::config::BridgeConf;
-use crate::{address, kernel, plan};
+use crate::{kernel, network};
 
 pub(crate) fn del(input: &Input<'_>) -> Result<(), CniError> {
     let conf = BridgeConf::parse(input)?;
     let mut rtnl = Rtnl::open().map_err(|e| kernel(&e))?;
-    let name = plan::host_name(&input.conf.name, &input.owner());
-    let alias = plan::alias(&input.conf.name, &input.owner());
-    let removed = match rtnl.link_by_name(&name).map_err(|e| kernel(&e))? {
-        None => Ok(()),
-        Some(link) if !link.alias.is_empty() && link.alias != alias => {
-            let msg = format!("link {name} belongs to {:?}, not to {alias:?}", link.alias);
-            Err(CniError::new(ErrorCode::TryAgain, msg))
-        }
-        Some(_) => rtnl
-            .apply(&[Change::RemoveLink { name }])
-            .map(|_| ())
-            .map_err(|e| kernel(&e)),
-    };
-    // The address is given back only after nothing can use it any more.
-    removed?;
-    address::free(input, &conf.ipam)
+    network::detach(input, &conf, &mut rtnl)
 }

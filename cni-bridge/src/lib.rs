@@ -1,21 +1,22 @@
 //! The bridge plugin: a veth pair per container, one end a port of a bridge on the node.
 //!
-//! * `config`: the keys of containernetworking's `bridge`, checked; a bad one names itself.
-//! * `plan`: names, hardware addresses, addresses and routes from plain values.
+//! * `config`: the keys of containernetworking's plugins, checked; a bad one names itself.
+//! * `bridge`: the bridge, its VLANs, the gateways' addresses.
+//! * `network`: rules that all attachments of a network share.
 //! * `add`, `del`, `check`, `gc`, `status`: one file per verb, thin executors over `linux`.
 //!
 //! Everything made is found again by container id and interface name alone: the veth's name is
 //! their hash, its alias spells them out, the lease is filed under them. No verb needs the
 //! container's namespace except ADD and CHECK. Forbidden here: forking (but for a foreign IPAM
-//! plugin), sleeping, dumping tables on ADD or DEL, talking to an API server.
+//! plugin, and iptables where a key asks for it), sleeping, dumping tables on ADD or DEL, talking to an API server.
 
 mod add;
-mod address;
+mod bridge;
 mod check;
 mod config;
 mod del;
 mod gc;
-mod plan;
+mod network;
 mod status;
 
 use cni::skel::{AttachmentKey, Input, Plugin};

@@ -5,6 +5,7 @@
 pub mod caps;
 pub mod cgroup;
 pub mod command;
+pub mod conntrack;
 pub mod diskusage;
 pub mod event;
 pub mod fdpass;

@@ -34,6 +34,12 @@ pub struct Sysctl {
     name: String,
 }
 
+impl std::fmt::Display for Sysctl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
 impl Sysctl {
     /// From parts, as `["net", "ipv4", "ip_forward"]`.
     ///

@@ -18,15 +18,13 @@ use std::net::IpAddr;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{Cursor, Lease, Owner, Store};
+use crate::state::{boot_id, read_checked, remove_if_there, write_checked};
 
 /// Where networks keep their leases unless configured otherwise: on a tmpfs.
 pub const DEFAULT_DIR: &str = "/run/cni/ferrule";
-
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// Files under one directory.
 #[derive(Debug)]
@@ -56,8 +54,7 @@ impl DirStore {
     /// # Errors
     /// When the directory or the lock cannot be made.
     pub fn open(base: &Path, network: &str) -> io::Result<Self> {
-        let boot_id = fs::read_to_string(BOOT_ID)?.trim().to_owned();
-        Self::open_in_boot(&base.join(network), &boot_id)
+        Self::open_in_boot(&base.join(network), &boot_id()?)
     }
 
     /// The same with a given boot id.
@@ -238,40 +235,4 @@ impl Store for DirStore {
             .open(path)?;
         file.write_all_at(&position.to_le_bytes(), place.saturating_mul(4))
     }
-}
-
-fn remove_if_there(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        Ok(()) | Err(_) => Ok(()),
-    }
-}
-
-fn write_checked<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
-    let body = serde_json::to_string(value)?;
-    let staged = path.with_file_name(".staged");
-    fs::write(
-        &staged,
-        format!("{:016x}\n{body}", checksum(body.as_bytes())),
-    )?;
-    fs::rename(staged, path)
-}
-
-/// None for whatever is not there whole.
-fn read_checked<T: DeserializeOwned>(path: &Path) -> Option<T> {
-    let text = fs::read_to_string(path).ok()?;
-    let (sum, body) = text.split_once('\n')?;
-    let whole = u64::from_str_radix(sum, 16).ok()? == checksum(body.as_bytes());
-    if whole {
-        serde_json::from_str(body).ok()
-    } else {
-        None
-    }
-}
-
-/// FNV-1a, 64 bits: finds torn and truncated files; not a defence against an attacker.
-fn checksum(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
-        (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }

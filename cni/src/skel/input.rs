@@ -224,6 +224,26 @@ impl<'a> Input<'a> {
         Ok(input)
     }
 
+    /// The convention of `CNI_ARGS`: a key that a plugin does not know is an error unless
+    /// `IgnoreUnknown` is true. Those by which orchestrators say which pod it is are known to all.
+    ///
+    /// # Errors
+    /// Code 4 naming the key.
+    pub fn refuse_unknown_args(&self, known: &[&str]) -> Result<(), CniError> {
+        let ignore = self.args.get("IgnoreUnknown").map(String::as_str);
+        if let Some("1" | "t" | "T" | "true" | "TRUE" | "True") = ignore {
+            return Ok(());
+        }
+        let is_known =
+            |key: &str| key == "IgnoreUnknown" || key.starts_with("K8S_") || known.contains(&key);
+        match self.args.keys().find(|key| !is_known(key)) {
+            None => Ok(()),
+            Some(key) => Err(invalid(format!(
+                "CNI_ARGS holds {key}, which is unknown; IgnoreUnknown=true lets it pass"
+            ))),
+        }
+    }
+
     /// Who holds what this call makes.
     #[must_use]
     pub fn owner(&self) -> Owner {

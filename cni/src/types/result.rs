@@ -18,6 +18,36 @@ pub struct AttachResult {
 }
 
 impl AttachResult {
+    /// This result behind that of plugins before us in the chain: what they made stays first, and
+    /// nothing of theirs is lost.
+    #[must_use]
+    pub fn after(mut self, previous: Self) -> Self {
+        let shift = previous.interfaces.len();
+        for ip in &mut self.ips {
+            ip.interface = ip.interface.map(|index| index + shift);
+        }
+        let Self {
+            mut interfaces,
+            mut ips,
+            mut routes,
+            dns,
+        } = previous;
+        interfaces.append(&mut self.interfaces);
+        ips.append(&mut self.ips);
+        routes.append(&mut self.routes);
+        let dns = if self.dns == Dns::default() {
+            dns
+        } else {
+            self.dns
+        };
+        Self {
+            interfaces,
+            ips,
+            routes,
+            dns,
+        }
+    }
+
     /// Addresses of the container: those bound to an interface in a sandbox, or to none.
     #[must_use]
     pub fn container_addresses(&self) -> Vec<IpNet> {

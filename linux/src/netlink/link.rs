@@ -24,10 +24,14 @@ const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_MASTER: u16 = 10;
+const IFLA_TXQLEN: u16 = 13;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_IFALIAS: u16 = 20;
 const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
 const IFLA_INFO_SLAVE_DATA: u16 = 5;
+const IFLA_BR_VLAN_FILTERING: u16 = 7;
+const IFLA_BR_VLAN_DEFAULT_PVID: u16 = 39;
 const IFLA_BRPORT_MODE: u16 = 4;
 const IFLA_BRPORT_ISOLATED: u16 = 33;
 
@@ -91,6 +95,15 @@ pub struct Link {
     pub hairpin: bool,
     /// As a bridge port: may not talk to other isolated ports.
     pub isolated: bool,
+    /// `IFF_ALLMULTI`.
+    pub all_multicast: bool,
+    /// Length of the transmit queue in packets.
+    pub transmit_queue: u32,
+    /// As a bridge: it looks at VLAN tags.
+    pub vlan_filtering: bool,
+    /// As a bridge: the VLAN that new ports begin with. None when the kernel's bridges know no
+    /// VLANs; 0 when ports begin with none.
+    pub default_vlan: Option<u16>,
 }
 
 impl Link {
@@ -106,6 +119,7 @@ impl Link {
             index: u32::from_ne_bytes([i0, i1, i2, i3]),
             up: flags.contains(LinkFlags::Up),
             promiscuous: flags.contains(LinkFlags::Promisc),
+            all_multicast: flags.contains(LinkFlags::Allmulti),
             ..Self::default()
         };
         for (kind, value) in each_attribute(&answer.body[IFINFOMSG_BYTES..]) {
@@ -114,6 +128,7 @@ impl Link {
                 IFLA_IFNAME => link.name = text(value),
                 IFLA_MTU => link.mtu_bytes = number(value).unwrap_or_default(),
                 IFLA_MASTER => link.master = number(value),
+                IFLA_TXQLEN => link.transmit_queue = number(value).unwrap_or_default(),
                 IFLA_IFALIAS => link.alias = text(value),
                 IFLA_LINKINFO => link.decode_info(value),
                 _ => {}
@@ -126,6 +141,15 @@ impl Link {
         self.kind = attribute(info, IFLA_INFO_KIND)
             .map(text)
             .unwrap_or_default();
+        if self.kind == "bridge"
+            && let Some(bridge) = attribute(info, IFLA_INFO_DATA)
+        {
+            self.vlan_filtering =
+                attribute(bridge, IFLA_BR_VLAN_FILTERING).is_some_and(|v| v.first() == Some(&1));
+            self.default_vlan = attribute(bridge, IFLA_BR_VLAN_DEFAULT_PVID)
+                .and_then(|v| v.first_chunk::<2>())
+                .map(|bytes| u16::from_ne_bytes(*bytes));
+        }
         if let Some(port) = attribute(info, IFLA_INFO_SLAVE_DATA) {
             let flag = |kind| attribute(port, kind).is_some_and(|v| v.first() == Some(&1));
             self.hairpin = flag(IFLA_BRPORT_MODE);
@@ -355,6 +379,37 @@ pub(super) fn set_promiscuous(index: u32, on: bool) -> Request {
     )
 }
 
+pub(super) fn set_all_multicast(index: u32, on: bool) -> Request {
+    let mut message = message(index, vec![]);
+    message.header.change_mask = LinkFlags::Allmulti;
+    message.header.flags = if on {
+        LinkFlags::Allmulti
+    } else {
+        LinkFlags::empty()
+    };
+    request(
+        RTM_SETLINK,
+        0,
+        &message,
+        "set all-multicast mode of link",
+        index.to_string(),
+    )
+}
+
+pub(super) fn set_queue(index: u32, packets: u32) -> Request {
+    let message = message(index, vec![LinkAttribute::TxQueueLen(packets)]);
+    let object = format!("{index} to {packets}");
+    let operation = "set transmit queue length of link";
+    request(RTM_SETLINK, 0, &message, operation, object)
+}
+
+pub(super) fn set_mac(index: u32, mac: Mac) -> Request {
+    let message = message(index, vec![LinkAttribute::Address(mac.0.to_vec())]);
+    let object = format!("{index} to {mac}");
+    let operation = "set hardware address of link";
+    request(RTM_SETLINK, 0, &message, operation, object)
+}
+
 pub(super) fn set_alias(index: u32, alias: &str) -> Request {
     let message = message(index, vec![LinkAttribute::IfAlias(alias.to_owned())]);
     request(
@@ -403,6 +458,18 @@ pub(super) fn dump_ports(bridge_index: u32) -> Request {
         "list ports of bridge",
         bridge_index.to_string(),
     )
+}
+
+/// All links of a kind.
+pub(super) fn dump_kind(kind: &str) -> Request {
+    let attributes = vec![
+        LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Other(kind.to_owned()))]),
+        LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]),
+    ];
+    let mut message = message(0, attributes);
+    message.header.interface_family = AddressFamily::Unspec;
+    let operation = "list links of kind";
+    request(RTM_GETLINK, 0, &message, operation, kind.to_owned())
 }
 
 #[cfg(test)]

@@ -8,9 +8,12 @@
 //! * No task, no thread but the short one that enters a namespace, no async runtime.
 
 mod addr;
+mod attribute;
 mod link;
 mod route;
+mod shape;
 pub(crate) mod socket;
+mod vlan;
 
 use std::fmt;
 use std::fs::File;
@@ -22,6 +25,8 @@ use socket::{Request, Socket};
 pub use addr::AddressSpec;
 pub use link::{BridgeSpec, Link, Mac, PortSpec, VethSpec};
 pub use route::RouteSpec;
+pub use shape::TokenBucket;
+pub use vlan::PortVlan;
 
 const NETLINK_ROUTE: isize = 0;
 
@@ -155,6 +160,57 @@ pub enum Change {
         /// On, else off.
         on: bool,
     },
+    /// Receive all multicast frames.
+    SetAllMulticast {
+        /// The link.
+        index: u32,
+        /// On, else off.
+        on: bool,
+    },
+    /// Set the length of the transmit queue.
+    SetTransmitQueue {
+        /// The link.
+        index: u32,
+        /// In packets.
+        packets: u32,
+    },
+    /// Set the hardware address.
+    SetMac {
+        /// The link.
+        index: u32,
+        /// The address.
+        mac: Mac,
+    },
+    /// Make an `ifb` device. Already there: left as it is.
+    AddIfb {
+        /// Its name.
+        name: String,
+        /// In bytes.
+        mtu_bytes: u32,
+    },
+    /// Limit what a link sends, in place of whatever limit there is.
+    SetTokenBucket(TokenBucket),
+    /// Make the hook for what a link receives.
+    AddIngress {
+        /// The link.
+        index: u32,
+    },
+    /// Send all that a link receives through another one.
+    Redirect {
+        /// The link, which has [`Change::AddIngress`].
+        index: u32,
+        /// The other one.
+        to: u32,
+    },
+    /// Let a bridge look at VLAN tags.
+    FilterVlans {
+        /// The bridge.
+        index: u32,
+    },
+    /// Let a port take part in a VLAN.
+    AddVlan(PortVlan),
+    /// Take it out of one.
+    RemoveVlan(PortVlan),
     /// Set the alias, our owner's mark. At most 255 bytes.
     SetAlias {
         /// The link.
@@ -193,6 +249,16 @@ impl Change {
             Self::NoLinkLocal { index } => link::no_link_local(*index),
             Self::SetMtu { index, mtu_bytes } => link::set_mtu(*index, *mtu_bytes),
             Self::SetPromiscuous { index, on } => link::set_promiscuous(*index, *on),
+            Self::SetAllMulticast { index, on } => link::set_all_multicast(*index, *on),
+            Self::SetTransmitQueue { index, packets } => link::set_queue(*index, *packets),
+            Self::SetMac { index, mac } => link::set_mac(*index, *mac),
+            Self::AddIfb { name, mtu_bytes } => shape::add_ifb(name, *mtu_bytes),
+            Self::SetTokenBucket(bucket) => bucket.request(),
+            Self::AddIngress { index } => shape::add_ingress(*index),
+            Self::Redirect { index, to } => shape::redirect(*index, *to),
+            Self::FilterVlans { index } => vlan::filter(*index),
+            Self::AddVlan(vlan) => vlan.add(),
+            Self::RemoveVlan(vlan) => vlan.remove(),
             Self::SetAlias { index, alias } => link::set_alias(*index, alias),
             Self::SetPort(spec) => spec.request(),
             Self::AddAddress(spec) => spec.add(),
@@ -205,16 +271,27 @@ impl Change {
     /// Errnos that mean "nothing to do".
     fn satisfied_by(&self) -> &'static [i32] {
         match self {
-            Self::AddBridge(_) | Self::AddVeth(_) | Self::AddAddress(_) | Self::AddRoute(_) => {
-                &[libc::EEXIST]
-            }
+            Self::AddBridge(_)
+            | Self::AddVeth(_)
+            | Self::AddAddress(_)
+            | Self::AddRoute(_)
+            | Self::AddIfb { .. }
+            | Self::AddIngress { .. }
+            | Self::Redirect { .. } => &[libc::EEXIST],
             Self::RemoveLink { .. } => &[libc::ENODEV],
+            Self::RemoveVlan(_) => &[libc::ENOENT],
             Self::NoLinkLocal { .. } => &[libc::EAFNOSUPPORT, libc::EOPNOTSUPP],
             Self::RemoveAddress(_) => &[libc::EADDRNOTAVAIL, libc::ENODEV],
             Self::RemoveRoute(_) => &[libc::ESRCH, libc::ENODEV],
             Self::SetUp { .. }
             | Self::SetMtu { .. }
             | Self::SetPromiscuous { .. }
+            | Self::SetAllMulticast { .. }
+            | Self::SetTransmitQueue { .. }
+            | Self::SetMac { .. }
+            | Self::SetTokenBucket(_)
+            | Self::FilterVlans { .. }
+            | Self::AddVlan(_)
             | Self::SetAlias { .. }
             | Self::SetPort(_) => &[],
         }
@@ -300,6 +377,31 @@ impl Rtnl {
             Err(refusal) if refusal.is(libc::ENODEV) => Ok(None),
             Err(refusal) => Err(refusal.about(request)),
         }
+    }
+
+    /// The token bucket at the root of what a link sends; none when there is another queue.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] when the kernel cannot be asked.
+    pub fn token_bucket_of(&mut self, index: u32) -> Result<Option<TokenBucket>, NetlinkError> {
+        let request = TokenBucket::get(index);
+        let answer = self.socket.get(&request);
+        match answer.map_err(|source| NetlinkError::talking(&request, source))? {
+            Ok(answer) => Ok(TokenBucket::decode(&answer)),
+            // No queue at all, or no such link.
+            Err(refusal) if refusal.is(libc::ENOENT) || refusal.is(libc::ENODEV) => Ok(None),
+            Err(refusal) => Err(refusal.about(&request)),
+        }
+    }
+
+    /// All `ifb` devices. A dump filtered by the kernel: for garbage collection and agents.
+    ///
+    /// # Errors
+    /// [`NetlinkError`]; also when the table changed during each of ten attempts.
+    pub fn ifbs(&mut self) -> Result<Vec<Link>, NetlinkError> {
+        let answers = self.dump(&link::dump_kind("ifb"))?;
+        let links = answers.iter().filter_map(Link::decode);
+        Ok(links.filter(|link| link.kind == "ifb").collect())
     }
 
     /// The ports of a bridge. A dump filtered by the kernel: for garbage collection and agents.

@@ -1,23 +1,56 @@
 //! Where addresses come from: our allocator in this process, or another plugin.
 
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use cni::ipam::{self, AllocateError, DirStore, HostLocal, Owner, Pool};
-use cni::skel::{AttachmentKey, Input, Verb, delegate};
-use cni::types::{AttachResult, CniError, ErrorCode, IpConfig};
 use ipnet::IpNet;
 use linux::netlink::Rtnl;
+use serde_json::{Map, Value};
 
-use crate::config::Ipam;
-use crate::plan;
+use super::names;
+use crate::ipam::{self, AllocateError, DirStore, HostLocal, Owner, Pool};
+use crate::skel::{AttachmentKey, Input, Verb, delegate};
+use crate::types::{AttachResult, CniError, ErrorCode, IpConfig};
+
+/// Where addresses come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ipam {
+    /// Nowhere: a link and no more.
+    None,
+    /// Ranges of the configuration, allocated in this process.
+    HostLocal,
+    /// Another plugin.
+    Delegated(String),
+}
+
+impl Ipam {
+    /// What the configuration's `ipam` says.
+    ///
+    /// # Errors
+    /// Code 7 naming the key.
+    pub fn parse(conf: &Map<String, Value>) -> Result<Self, CniError> {
+        let invalid = |msg: String| CniError::new(ErrorCode::InvalidConfig, msg);
+        let ipam = match conf.get("ipam") {
+            None | Some(Value::Null) => return Ok(Self::None),
+            Some(Value::Object(ipam)) => ipam,
+            Some(other) => return Err(invalid(format!("ipam is {other}, not an object"))),
+        };
+        match ipam.get("type") {
+            None if ipam.is_empty() => Ok(Self::None),
+            None => Err(invalid("ipam.type is missing".into())),
+            Some(Value::String(kind)) if kind.is_empty() => Ok(Self::None),
+            Some(Value::String(kind)) if kind == "host-local" => Ok(Self::HostLocal),
+            Some(Value::String(kind)) => Ok(Self::Delegated(kind.clone())),
+            Some(other) => Err(invalid(format!("ipam.type is {other}, not a string"))),
+        }
+    }
+}
 
 /// Addresses and routes for the container, without interfaces.
-pub(crate) fn allocate(
-    input: &Input<'_>,
-    ipam: &Ipam,
-    rtnl: &mut Rtnl,
-) -> Result<AttachResult, CniError> {
+///
+/// # Errors
+/// Code 102 when none is free, 7 for a bad key, 5 when leases cannot be kept; a delegate's own.
+pub fn allocate(input: &Input<'_>, ipam: &Ipam, rtnl: &mut Rtnl) -> Result<AttachResult, CniError> {
     match ipam {
         Ipam::None => Ok(AttachResult::default()),
         Ipam::HostLocal => allocate_here(input, rtnl),
@@ -58,7 +91,7 @@ fn allocate_here(input: &Input<'_>, rtnl: &mut Rtnl) -> Result<AttachResult, Cni
     // The veth dies with its namespace: a lease whose veth is gone and whose namespace path is
     // gone too belongs to the dead.
     let is_gone = |lease: &ipam::Lease| {
-        let name = plan::host_name(&input.conf.name, &lease.owner);
+        let name = names::host_name(&input.conf.name, &lease.owner);
         !lease.netns.exists() && matches!(rtnl.borrow_mut().link_by_name(&name), Ok(None))
     };
     let lease = ipam::allocate(&mut store, &conf.pool, &owner, netns, &conf.wanted, is_gone)
@@ -95,7 +128,10 @@ fn refused(error: &AllocateError) -> CniError {
 }
 
 /// Gives back what the attachment holds; holding nothing is success.
-pub(crate) fn free(input: &Input<'_>, ipam: &Ipam) -> Result<(), CniError> {
+///
+/// # Errors
+/// When leases cannot be kept, or the delegate's own; repeat then.
+pub fn free(input: &Input<'_>, ipam: &Ipam) -> Result<(), CniError> {
     match ipam {
         Ipam::None => Ok(()),
         Ipam::HostLocal => {
@@ -110,15 +146,14 @@ pub(crate) fn free(input: &Input<'_>, ipam: &Ipam) -> Result<(), CniError> {
 }
 
 /// Sees whether the addresses of `previous` are held by this attachment.
-pub(crate) fn check(
-    input: &Input<'_>,
-    ipam: &Ipam,
-    previous: &AttachResult,
-) -> Result<(), CniError> {
+///
+/// # Errors
+/// Code 101 for a difference, or the delegate's own.
+pub fn check(input: &Input<'_>, ipam: &Ipam, previous: &AttachResult) -> Result<(), CniError> {
     match ipam {
         Ipam::None => Ok(()),
         Ipam::HostLocal => {
-            use cni::ipam::Store;
+            use crate::ipam::Store;
             let conf = host_local(input)?;
             let store = open(&conf, input)?;
             for ip in &previous.ips {
@@ -137,11 +172,10 @@ pub(crate) fn check(
 }
 
 /// Frees the addresses of all but the valid attachments.
-pub(crate) fn collect(
-    input: &Input<'_>,
-    ipam: &Ipam,
-    valid: &[AttachmentKey],
-) -> Result<(), CniError> {
+///
+/// # Errors
+/// When leases cannot be kept, or the delegate's own; repeat then.
+pub fn collect(input: &Input<'_>, ipam: &Ipam, valid: &[AttachmentKey]) -> Result<(), CniError> {
     match ipam {
         Ipam::None => Ok(()),
         Ipam::HostLocal => {
@@ -162,7 +196,10 @@ pub(crate) fn collect(
 }
 
 /// Whether an address can be given.
-pub(crate) fn status(input: &Input<'_>, ipam: &Ipam) -> Result<(), CniError> {
+///
+/// # Errors
+/// Code 50, or the delegate's own.
+pub fn status(input: &Input<'_>, ipam: &Ipam) -> Result<(), CniError> {
     match ipam {
         Ipam::None => Ok(()),
         Ipam::HostLocal => {
@@ -187,7 +224,8 @@ pub(crate) fn status(input: &Input<'_>, ipam: &Ipam) -> Result<(), CniError> {
 }
 
 /// Subnets that the network gives addresses from: those of the ranges, else of the result.
-pub(crate) fn subnets(input: &Input<'_>, ipam: &Ipam, result: &AttachResult) -> Vec<IpNet> {
+#[must_use]
+pub fn subnets(input: &Input<'_>, ipam: &Ipam, result: &AttachResult) -> Vec<IpNet> {
     let of_ranges = match ipam {
         Ipam::HostLocal => host_local(input).ok(),
         Ipam::None | Ipam::Delegated(_) => None,
@@ -205,6 +243,17 @@ pub(crate) fn subnets(input: &Input<'_>, ipam: &Ipam, result: &AttachResult) -> 
     all.sort();
     all.dedup();
     all
+}
+
+/// The directory that the network's state is kept below.
+///
+/// # Errors
+/// Code 7 when the configuration names a bad one.
+pub fn state_dir(input: &Input<'_>, ipam: &Ipam) -> Result<PathBuf, CniError> {
+    match ipam {
+        Ipam::HostLocal => Ok(host_local(input)?.dir),
+        Ipam::None | Ipam::Delegated(_) => Ok(ipam::DEFAULT_DIR.into()),
+    }
 }
 
 fn host_local(input: &Input<'_>) -> Result<HostLocal, CniError> {
