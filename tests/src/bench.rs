@@ -1,6 +1,8 @@
 //! `cargo xtask bench pods`: the same outside measurement of our node and of the stock one, one
 //! after the other on this machine, and their ratios.
 
+pub mod life;
+
 use crate::cluster::{self, Lab, NodeKind, UpOptions};
 use crate::process::ProcessIdentity;
 use crate::progress::Step;

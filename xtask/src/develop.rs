@@ -3,6 +3,8 @@
 use crate::cli::LabName;
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -74,6 +76,9 @@ pub(crate) struct Bench {
 enum What {
     /// Pod latency, density and idle cost of a node, seen from the apiserver
     Pods(Pods),
+    /// How soon running pods follow their ConfigMap and their resources, what probes cost, and
+    /// how memory grows with pods
+    Life(Life),
 }
 
 /// What our node is compared with.
@@ -108,9 +113,66 @@ struct Pods {
     no_install: bool,
 }
 
+#[derive(Debug, Args)]
+struct Life {
+    /// Measure this node too and print ratios
+    #[arg(long, value_enum)]
+    against: Option<Against>,
+    /// Changes of a ConfigMap; the stock node gets three at most
+    #[arg(long, default_value_t = 200)]
+    changes: u32,
+    /// Changes of a pod's CPU limit
+    #[arg(long, default_value_t = 50)]
+    resizes: u32,
+    /// Pods of the last row of the memory table
+    #[arg(long, default_value_t = 300)]
+    many: u32,
+    /// Cargo profile of our kubelet
+    #[arg(long, default_value = "release")]
+    profile: String,
+    /// Print the figures as JSON
+    #[arg(long)]
+    json: bool,
+    /// Fail instead of installing Debian packages that are missing
+    #[arg(long)]
+    no_install: bool,
+}
+
+impl Life {
+    fn run(self) -> Result<ExitCode> {
+        let results = bench::life::life(&bench::life::LifeOptions {
+            against_stock: self.against == Some(Against::Stock),
+            changes: self.changes,
+            resizes: self.resizes,
+            many: self.many,
+            may_install: !self.no_install,
+            profile: self.profile,
+        })?;
+        print_figures(&results, self.json)
+    }
+}
+
+fn print_figures(results: &BTreeMap<String, Value>, json: bool) -> Result<ExitCode> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(results)?);
+    } else {
+        print!("{}", bench::render(results));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 impl Bench {
     pub(crate) fn run(self) -> Result<ExitCode> {
-        let What::Pods(pods) = self.what;
+        match self.what {
+            What::Pods(pods) => pods.run(),
+            What::Life(life) => life.run(),
+        }
+    }
+}
+
+impl Pods {
+    fn run(self) -> Result<ExitCode> {
+        let pods = self;
         let results = bench::pods(&bench::BenchOptions {
             against_stock: pods.against == Some(Against::Stock),
             serial: pods.serial,
@@ -119,12 +181,7 @@ impl Bench {
             script: pods.script,
             profile: pods.profile,
         })?;
-        if pods.json {
-            println!("{}", serde_json::to_string_pretty(&results)?);
-        } else {
-            print!("{}", bench::render(&results));
-        }
-        Ok(ExitCode::SUCCESS)
+        print_figures(&results, pods.json)
     }
 }
 

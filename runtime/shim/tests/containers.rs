@@ -56,7 +56,7 @@ fn a_killed_container_reports_its_signal() {
 #[test]
 fn the_program_is_process_one_in_the_pods_namespaces() {
     let mut lab = Lab::new();
-    let script = "echo $$; hostname; cat /proc/sys/net/core/somaxconn; ip -o link | grep -c ' lo: .*,UP'; \
+    let script = "echo $$; hostname; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; ip -o link | grep -c ' lo: .*,UP'; \
                   cat /proc/self/cgroup | grep -c ':/$'; umask";
     let (_, log) = lab.run("a", &["sh", "-c", script]);
     let lines: Vec<&str> = log.lines().collect();

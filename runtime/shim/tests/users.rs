@@ -52,7 +52,7 @@ fn root_in_the_pod_is_nobody_on_the_node_and_owns_the_image() {
     let script = "id -u; echo $$; cut -d' ' -f1-99 /proc/self/uid_map | tr -s ' '; \
                   stat -c %u:%g / /etc/file /bin /dev/shm /proc/self/; touch /made && mkdir /etc/d; \
                   stat -c %u:%g /made; chown 1000:1001 /made; hostname; \
-                  cat /proc/sys/net/core/somaxconn; (echo 9 > /proc/sys/net/core/somaxconn) 2>/dev/null && echo written; \
+                  cat /proc/sys/net/ipv4/ip_unprivileged_port_start; (echo 9 > /proc/sys/net/ipv4/ip_unprivileged_port_start) 2>/dev/null && echo written; \
                   echo x > /dev/null && echo null";
     let started = spec(&lab, "a", &["sh", "-c", script]);
     let (exit, log) = lab.run_spec(started);

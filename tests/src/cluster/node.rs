@@ -309,7 +309,7 @@ cgroupRoot: {cgroup_root}
 failCgroupV1: false
 failSwapOn: false
 evictionHard: {{memory.available: 50Mi, nodefs.available: 500Mi, imagefs.available: 500Mi}}
-maxPods: 200
+maxPods: 400
 serializeImagePulls: false
 {extra}",
         dns = layout.service_address(10),

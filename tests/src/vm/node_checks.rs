@@ -199,6 +199,18 @@ fn killed(guest: &mut Guest) -> Result<()> {
     // Below one cgroup: every process of every pod.
     let pods = "find /sys/fs/cgroup/kubepods -name cgroup.procs | xargs cat | sort -n";
     let before = lives(guest)?;
+    let count = "find /sys/fs/cgroup/kubepods -type d -name 'pod*' | wc -l";
+    until(
+        "cgroups of deleted pods to go",
+        LIMIT,
+        || Ok(()),
+        || {
+            let found = guest.machine.stdout(count)?;
+            let wanted = before.len().to_string();
+            ensure!(found.trim() == wanted, "{} pods", found.trim());
+            Ok(())
+        },
+    )?;
     let processes = guest.machine.stdout(pods)?;
     // Stopped at once after the kill, so that it is away and not only replaced.
     guest

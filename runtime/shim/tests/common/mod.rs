@@ -129,7 +129,10 @@ impl Lab {
             netns_path: Some(lab.dir.join("netns")),
             hostname: Some("box".into()),
             domainname: None,
-            sysctls: BTreeMap::from([("net.core.somaxconn".into(), "1234".into())]),
+            sysctls: BTreeMap::from([(
+                "net.ipv4.ip_unprivileged_port_start".into(),
+                "1234".into(),
+            )]),
             shim_oom_score_adj: None,
             helper_cgroups: vec![],
             user_namespace: None,
