@@ -153,7 +153,13 @@ impl KubectlArgs {
         let state = LabState::load(&paths::labs(), name)?
             .with_context(|| format!("lab {name} is not up; run `cargo xtask up --lab {name}`"))?;
         let layout = Layout::new(&paths::labs(), name, state.index)?;
-        let kubectl = Kubectl::new(&artefacts::go::kubernetes()?, layout.admin_kubeconfig());
+        let kubeconfig = layout.admin_kubeconfig();
+        // Without it kubectl would look for an apiserver on this machine's port 8080.
+        anyhow::ensure!(
+            kubeconfig.exists(),
+            "lab {name} has no control plane yet; `cargo xtask up --lab {name}` is at it, or was stopped"
+        );
+        let kubectl = Kubectl::new(&artefacts::go::kubernetes()?, kubeconfig);
         let args: Vec<&str> = self.args.iter().map(String::as_str).collect();
         // Becomes kubectl: signals, terminal and exit code are its own.
         Err(kubectl.command(&args).exec()).context("run kubectl")
@@ -174,8 +180,10 @@ pub(crate) struct Enter {
 
 impl Enter {
     pub(crate) fn run(self) -> Result<ExitCode> {
-        let state = LabState::load(&paths::labs(), &self.lab.lab)?
-            .with_context(|| format!("lab {} is not up", self.lab.lab))?;
+        let state = LabState::load(&paths::labs(), &self.lab.lab)?.with_context(|| {
+            let name = &self.lab.lab;
+            format!("lab {name} is not up; run `cargo xtask up --lab {name}`")
+        })?;
         let node = state.nodes.get(&self.node);
         let holder = node
             .and_then(|node| node.holder)

@@ -149,7 +149,8 @@ impl Layout {
 /// Every cgroup of every lab lies below this one.
 pub const CGROUP_TOP: &str = "ferrule-lab";
 
-fn check_name(name: &str) -> Result<()> {
+/// Before anything is made for a lab: a name `down` refuses could not be cleaned up after.
+pub(super) fn check_name(name: &str) -> Result<()> {
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     ensure!(
         !name.is_empty() && name.len() <= 20 && name.chars().all(plain) && !name.starts_with('-'),

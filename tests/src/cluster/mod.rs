@@ -103,8 +103,10 @@ impl LabLock {
     /// Waits for whoever changes the lab now.
     ///
     /// # Errors
-    /// When the lock file cannot be made; mostly a lack of rights.
+    /// When the name is none a lab can have, or the lock file cannot be made; mostly a lack of
+    /// rights.
     pub fn take(lab: &str) -> Result<Self> {
+        layout::check_name(lab)?;
         let labs = paths::labs();
         fs::create_dir_all(&labs)
             .with_context(|| format!("create {} (labs need root)", labs.display()))?;
