@@ -13,10 +13,14 @@ const MAX_LINES: usize = 700;
 
 /// Which of our packages a package may use. Arrows point one way only, and a package may skip a
 /// step downwards.
-const ARROWS: [(&str, &[&str]); 8] = [
+const ARROWS: [(&str, &[&str]); 12] = [
     ("linux", &[]),
     ("cni", &["linux"]),
     ("cni-bridge", &["cni", "linux"]),
+    ("cni-routed", &["cni", "linux"]),
+    ("cni-peers", &["cni-routed", "cni", "linux"]),
+    ("cni-vxlan", &["cni-peers", "cni-routed", "cni"]),
+    ("cni-hostgw", &["cni-peers", "cni-routed", "cni"]),
     ("pod-shim", &["linux"]),
     ("runtime", &["pod-shim", "cni", "linux"]),
     ("kubelet", &["runtime", "linux"]),
@@ -32,7 +36,15 @@ const RAW: [(&str, &[&str]); 3] = [
 ];
 
 /// Packages that must stay without an async runtime.
-const BLOCKING: [&str; 4] = ["linux", "cni", "cni-bridge", "pod-shim"];
+const BLOCKING: [&str; 7] = [
+    "linux",
+    "cni",
+    "cni-bridge",
+    "cni-routed",
+    "cni-vxlan",
+    "cni-hostgw",
+    "pod-shim",
+];
 
 /// Runs every rule.
 ///

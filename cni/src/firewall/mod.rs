@@ -6,6 +6,7 @@
 //! * `conditions`: what restricts host ports, in `nft`'s words.
 //! * `guard`: which hardware address a bridge's port may send from.
 //! * `isolation`: which bridges may talk to each other.
+//! * `untracked`: outer packets of tunnels, kept out of connection tracking.
 //! * [`xtables`]: masquerade, host ports and admission by the `iptables` programs.
 //!
 //! With nftables nothing here grows with the number of pods but maps and sets, so ADD and DEL cost
@@ -16,6 +17,7 @@ mod guard;
 mod isolation;
 mod masquerade;
 mod ports;
+mod untracked;
 pub mod xtables;
 
 pub use conditions::conditions;
@@ -26,6 +28,7 @@ pub use ports::{
     Forward, HostPorts, PortMapping, PortRules, add_forwards, forwards_are_there,
     let_loopback_through, ports_prefix, remove_forwards, remove_port_rules,
 };
+pub use untracked::{UNTRACKED_PREFIX, untracked};
 
 use linux::nft::Prefix;
 

@@ -1,5 +1,7 @@
 //! Building attributes by hand, for messages of which little is needed.
 
+use std::net::IpAddr;
+
 /// Nested attributes say so.
 const NLA_F_NESTED: u16 = 0x8000;
 
@@ -19,6 +21,14 @@ pub(super) fn put_text(into: &mut Vec<u8>, kind: u16, text: &str) {
     let mut value = text.as_bytes().to_vec();
     value.push(0);
     put(into, kind, &value);
+}
+
+/// An address, four or sixteen bytes.
+pub(super) fn put_address(into: &mut Vec<u8>, kind: u16, address: IpAddr) {
+    match address {
+        IpAddr::V4(v4) => put(into, kind, &v4.octets()),
+        IpAddr::V6(v6) => put(into, kind, &v6.octets()),
+    }
 }
 
 pub(super) fn put_nested(into: &mut Vec<u8>, kind: u16, fill: impl FnOnce(&mut Vec<u8>)) {

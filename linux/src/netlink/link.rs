@@ -12,6 +12,7 @@ use netlink_packet_route::link::{
 };
 
 use super::socket::{Answer, NLM_F_CREATE, NLM_F_EXCL, Request, attribute, each_attribute};
+use super::vxlan::VxlanConfig;
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
@@ -104,6 +105,8 @@ pub struct Link {
     /// As a bridge: the VLAN that new ports begin with. None when the kernel's bridges know no
     /// VLANs; 0 when ports begin with none.
     pub default_vlan: Option<u16>,
+    /// As a VXLAN device: what it was made as.
+    pub vxlan: Option<VxlanConfig>,
 }
 
 impl Link {
@@ -149,6 +152,9 @@ impl Link {
             self.default_vlan = attribute(bridge, IFLA_BR_VLAN_DEFAULT_PVID)
                 .and_then(|v| v.first_chunk::<2>())
                 .map(|bytes| u16::from_ne_bytes(*bytes));
+        }
+        if self.kind == "vxlan" {
+            self.vxlan = attribute(info, IFLA_INFO_DATA).map(VxlanConfig::decode);
         }
         if let Some(port) = attribute(info, IFLA_INFO_SLAVE_DATA) {
             let flag = |kind| attribute(port, kind).is_some_and(|v| v.first() == Some(&1));
@@ -362,6 +368,17 @@ pub(super) fn set_mtu(index: u32, mtu_bytes: u32) -> Request {
     )
 }
 
+pub(super) fn set_mac(index: u32, mac: Mac) -> Request {
+    let message = message(index, vec![LinkAttribute::Address(mac.0.to_vec())]);
+    request(
+        RTM_SETLINK,
+        0,
+        &message,
+        "set hardware address of link",
+        format!("{index} to {mac}"),
+    )
+}
+
 pub(super) fn set_promiscuous(index: u32, on: bool) -> Request {
     let mut message = message(index, vec![]);
     message.header.change_mask = LinkFlags::Promisc;
@@ -400,13 +417,6 @@ pub(super) fn set_queue(index: u32, packets: u32) -> Request {
     let message = message(index, vec![LinkAttribute::TxQueueLen(packets)]);
     let object = format!("{index} to {packets}");
     let operation = "set transmit queue length of link";
-    request(RTM_SETLINK, 0, &message, operation, object)
-}
-
-pub(super) fn set_mac(index: u32, mac: Mac) -> Request {
-    let message = message(index, vec![LinkAttribute::Address(mac.0.to_vec())]);
-    let object = format!("{index} to {mac}");
-    let operation = "set hardware address of link";
     request(RTM_SETLINK, 0, &message, operation, object)
 }
 

@@ -9,11 +9,15 @@
 
 mod addr;
 mod attribute;
+mod events;
+mod fib;
 mod link;
+mod neigh;
 mod route;
 mod shape;
 pub(crate) mod socket;
 mod vlan;
+mod vxlan;
 
 use std::fmt;
 use std::fs::File;
@@ -23,15 +27,23 @@ use std::os::fd::BorrowedFd;
 use socket::{Request, Socket};
 
 pub use addr::AddressSpec;
-pub use link::{BridgeSpec, Link, Mac, PortSpec, VethSpec};
+pub use events::{EventSocket, NetEvent};
+pub use fib::{NodeHop, NodeRoute, TABLE_LOCAL, TABLE_MAIN};
+pub use link::{BadMac, BridgeSpec, Link, Mac, PortSpec, VethSpec};
+pub use neigh::{FdbEntry, FdbSpec, Neighbour, NeighbourSpec};
 pub use route::RouteSpec;
 pub use shape::TokenBucket;
 pub use vlan::PortVlan;
+pub use vxlan::{VxlanConfig, VxlanSpec};
 
 const NETLINK_ROUTE: isize = 0;
 
 /// A dump is tried again this often when the table changes under it.
 const MAX_DUMP_ATTEMPTS: u32 = 10;
+
+/// Changes sent at once by [`Rtnl::apply_each`]: their answers must fit in the socket's default
+/// receive buffer (about 200 KiB, under 1 KiB each as the kernel counts).
+const MAX_PORTION_CHANGES: usize = 100;
 
 /// The kernel refused an operation, or cannot be asked.
 #[derive(Debug)]
@@ -228,6 +240,20 @@ pub enum Change {
     AddRoute(RouteSpec),
     /// Take one away.
     RemoveRoute(RouteSpec),
+    /// Make a VXLAN device. A link of that name, or one with the same identifier: left as it is.
+    AddVxlan(VxlanSpec),
+    /// Put a permanent neighbour in place of whatever is known of that address.
+    SetNeighbour(NeighbourSpec),
+    /// Take one away.
+    RemoveNeighbour(NeighbourSpec),
+    /// Put a forwarding entry in place of whatever is known of that hardware address.
+    SetFdb(FdbSpec),
+    /// Take one away.
+    RemoveFdb(FdbSpec),
+    /// Put a route in place of the one to the same destination with the same metric.
+    SetNodeRoute(NodeRoute),
+    /// Take one away.
+    RemoveNodeRoute(NodeRoute),
 }
 
 /// What became of a [`Change`].
@@ -251,7 +277,6 @@ impl Change {
             Self::SetPromiscuous { index, on } => link::set_promiscuous(*index, *on),
             Self::SetAllMulticast { index, on } => link::set_all_multicast(*index, *on),
             Self::SetTransmitQueue { index, packets } => link::set_queue(*index, *packets),
-            Self::SetMac { index, mac } => link::set_mac(*index, *mac),
             Self::AddIfb { name, mtu_bytes } => shape::add_ifb(name, *mtu_bytes),
             Self::SetTokenBucket(bucket) => bucket.request(),
             Self::AddIngress { index } => shape::add_ingress(*index),
@@ -265,6 +290,14 @@ impl Change {
             Self::RemoveAddress(spec) => spec.remove(),
             Self::AddRoute(spec) => spec.add(),
             Self::RemoveRoute(spec) => spec.remove(),
+            Self::AddVxlan(spec) => spec.request(),
+            Self::SetMac { index, mac } => link::set_mac(*index, *mac),
+            Self::SetNeighbour(spec) => spec.set(),
+            Self::RemoveNeighbour(spec) => spec.remove(),
+            Self::SetFdb(spec) => spec.set(),
+            Self::RemoveFdb(spec) => spec.remove(),
+            Self::SetNodeRoute(route) => route.set(),
+            Self::RemoveNodeRoute(route) => route.remove(),
         }
     }
 
@@ -277,7 +310,10 @@ impl Change {
             | Self::AddRoute(_)
             | Self::AddIfb { .. }
             | Self::AddIngress { .. }
+            | Self::AddVxlan(_)
             | Self::Redirect { .. } => &[libc::EEXIST],
+            Self::RemoveNeighbour(_) | Self::RemoveFdb(_) => &[libc::ENOENT, libc::ENODEV],
+            Self::RemoveNodeRoute(_) => &[libc::ESRCH, libc::ENODEV],
             Self::RemoveLink { .. } => &[libc::ENODEV],
             Self::RemoveVlan(_) => &[libc::ENOENT],
             Self::NoLinkLocal { .. } => &[libc::EAFNOSUPPORT, libc::EOPNOTSUPP],
@@ -293,7 +329,10 @@ impl Change {
             | Self::FilterVlans { .. }
             | Self::AddVlan(_)
             | Self::SetAlias { .. }
-            | Self::SetPort(_) => &[],
+            | Self::SetPort(_)
+            | Self::SetNeighbour(_)
+            | Self::SetFdb(_)
+            | Self::SetNodeRoute(_) => &[],
         }
     }
 }
@@ -348,6 +387,36 @@ impl Rtnl {
                 }
                 Err(refusal) => return Err(refusal.about(request)),
             });
+        }
+        Ok(outcomes)
+    }
+
+    /// Carries out any number of changes, goes on after a refusal and tells every one of them.
+    /// Sent in portions: neither the kernel's room for requests nor ours for answers is without
+    /// bound.
+    ///
+    /// # Errors
+    /// [`NetlinkError`] when the kernel cannot be talked to at all.
+    pub fn apply_each(
+        &mut self,
+        changes: &[Change],
+    ) -> Result<Vec<Result<Outcome, NetlinkError>>, NetlinkError> {
+        let mut outcomes = Vec::with_capacity(changes.len());
+        for portion in changes.chunks(MAX_PORTION_CHANGES) {
+            let requests: Vec<Request> = portion.iter().map(Change::request).collect();
+            let verdicts = self
+                .socket
+                .send_batch(&requests)
+                .map_err(|source| NetlinkError::talking(&requests[0], source))?;
+            for ((change, request), verdict) in portion.iter().zip(&requests).zip(verdicts) {
+                outcomes.push(match verdict {
+                    Ok(()) => Ok(Outcome::Done),
+                    Err(refusal) if change.satisfied_by().iter().any(|e| refusal.is(*e)) => {
+                        Ok(Outcome::Unchanged)
+                    }
+                    Err(refusal) => Err(refusal.about(request)),
+                });
+            }
         }
         Ok(outcomes)
     }
@@ -439,6 +508,82 @@ impl Rtnl {
         }
         routes.retain(|route| route.index == index);
         Ok(routes)
+    }
+
+    /// The addresses of every link. A dump, for agents.
+    ///
+    /// # Errors
+    /// As [`Rtnl::ports_of`].
+    pub fn addresses(&mut self) -> Result<Vec<AddressSpec>, NetlinkError> {
+        let answers = self.dump(&addr::dump(0))?;
+        Ok(answers.iter().filter_map(AddressSpec::decode).collect())
+    }
+
+    /// The links of a kind (`vxlan`). A dump filtered by the kernel, for agents.
+    ///
+    /// # Errors
+    /// As [`Rtnl::ports_of`].
+    pub fn links_of_kind(&mut self, kind: &str) -> Result<Vec<Link>, NetlinkError> {
+        let answers = self.dump(&link::dump_kind(kind))?;
+        let links = answers.iter().filter_map(Link::decode);
+        Ok(links.filter(|link| link.kind == kind).collect())
+    }
+
+    /// The routes that carry a protocol number, of every table. A dump filtered by the kernel.
+    ///
+    /// # Errors
+    /// As [`Rtnl::ports_of`].
+    pub fn routes_of_protocol(&mut self, protocol: u8) -> Result<Vec<NodeRoute>, NetlinkError> {
+        let mut routes = self.node_routes(fib::Filter::Protocol(protocol))?;
+        routes.retain(|route| route.protocol == protocol);
+        Ok(routes)
+    }
+
+    /// The routes of a table. A dump filtered by the kernel, for agents.
+    ///
+    /// # Errors
+    /// As [`Rtnl::ports_of`].
+    pub fn routes_of_table(&mut self, table: u32) -> Result<Vec<NodeRoute>, NetlinkError> {
+        let mut routes = self.node_routes(fib::Filter::Table(table))?;
+        routes.retain(|route| route.table == table);
+        Ok(routes)
+    }
+
+    fn node_routes(&mut self, filter: fib::Filter) -> Result<Vec<NodeRoute>, NetlinkError> {
+        let mut routes = Vec::new();
+        for request in fib::dumps(filter) {
+            match self.dump(&request) {
+                Ok(answers) => routes.extend(answers.iter().filter_map(NodeRoute::decode)),
+                // A kernel without that family, or a table without routes, has none.
+                Err(e) if matches!(e.errno(), Some(libc::EAFNOSUPPORT | libc::ENOENT)) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(routes)
+    }
+
+    /// The IP neighbours of a link. A dump filtered by the kernel.
+    ///
+    /// # Errors
+    /// As [`Rtnl::ports_of`].
+    pub fn neighbours_of(&mut self, index: u32) -> Result<Vec<Neighbour>, NetlinkError> {
+        let mut neighbours = Vec::new();
+        for request in neigh::dump_neighbours(index) {
+            let answers = self.dump(&request)?;
+            neighbours.extend(answers.iter().filter_map(Neighbour::decode));
+        }
+        neighbours.retain(|neighbour| neighbour.index == index);
+        Ok(neighbours)
+    }
+
+    /// The forwarding entries of a VXLAN device. A dump filtered by the kernel.
+    ///
+    /// # Errors
+    /// As [`Rtnl::ports_of`].
+    pub fn fdb_of(&mut self, index: u32) -> Result<Vec<FdbEntry>, NetlinkError> {
+        let answers = self.dump(&neigh::dump_fdb(index))?;
+        let entries = answers.iter().filter_map(FdbEntry::decode);
+        Ok(entries.filter(|entry| entry.index == index).collect())
     }
 
     fn dump(&mut self, request: &Request) -> Result<Vec<socket::Answer>, NetlinkError> {

@@ -110,6 +110,10 @@ pub enum Hook {
     Forward,
     /// Frames as they come into a bridge, before anything else.
     BridgeIn,
+    /// Packets that arrive, before connections are tracked.
+    RawIn,
+    /// Packets of this node itself, before connections are tracked.
+    RawOut,
 }
 
 impl Hook {
@@ -120,7 +124,8 @@ impl Hook {
             Self::DestinationNatOutput => (3, -100, "nat"),
             Self::SourceNat => (4, 100, "nat"),
             Self::Forward => (2, 0, "filter"),
-            Self::BridgeIn => (0, -300, "filter"),
+            Self::BridgeIn | Self::RawIn => (0, -300, "filter"),
+            Self::RawOut => (3, -300, "filter"),
         }
     }
 }

@@ -123,6 +123,8 @@ pub enum Expr {
     HardwareSourceIn(Sense, String),
     /// Takes the address of the interface it leaves by.
     Masquerade,
+    /// Is not tracked as part of a connection, and so never translated.
+    Untracked,
     /// Goes on in another chain, and comes back.
     Jump(String),
     /// Ends this chain.
@@ -232,6 +234,7 @@ impl Expr {
                 load_payload(list, LINK_HEADER, 6, 6, NFT_REG32_00 + 4);
                 lookup(list, set, None, *sense);
             }
+            Self::Untracked => put_expression(list, "notrack", |_| {}),
             Self::Masquerade => put_expression(list, "masq", |_| {}),
             Self::Jump(chain) => verdict(list, NFT_JUMP, Some(chain)),
             Self::Return => verdict(list, NFT_RETURN, None),

@@ -192,6 +192,22 @@ pub fn stock_peers() -> Result<PathBuf> {
     )
 }
 
+/// Directory with `flannel`: its own VXLAN and host-gw back ends with its kube subnet manager.
+///
+/// # Errors
+/// When Go is missing or the build fails.
+pub fn flannel() -> Result<PathBuf> {
+    let build = GoBuild {
+        module: "peers/flannel",
+        package: ".",
+        output: "flannel",
+        flags: vec!["-ldflags=-s -w".into()],
+        test: false,
+        cgo: false,
+    };
+    ensure("flannel", "flannel (about 1 min)", &[build], |_| Ok(()))
+}
+
 fn kubernetes_linker_flags() -> String {
     let mut flags = String::from("-ldflags=-s -w");
     let values = [
