@@ -117,11 +117,14 @@ impl Pair<'_> {
         let mac = self.mac.unwrap_or_else(derived);
         let host = self.make(mac, rtnl)?;
         let host_mac = plan::host_mac(self.host_name);
-        self.configure_inside(inside, result, host_mac)?;
         let alias = plan::alias(&self.input.conf.name, &self.input.owner());
-        // Traffic flows only from here on, when both ends are complete.
         rtnl.apply(&plan::node_changes(host.index, alias, &addresses, mac))
             .map_err(|e| kernel(&e))?;
+        self.configure_inside(inside, result, host_mac)?;
+        // Our end was up first and got its carrier just now, which the kernel acts upon a moment
+        // later, dropping packets until then. To be asked about the link makes it do so at once
+        // (Linux 6.8 and later).
+        rtnl.link_by_index(host.index).map_err(|e| kernel(&e))?;
         let interface = |name: &str, mac: Mac, sandbox: String| Interface {
             name: name.to_owned(),
             mac: mac.to_string(),

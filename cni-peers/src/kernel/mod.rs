@@ -22,7 +22,9 @@ use crate::netconf::{Backend, NetConf};
 use crate::node::{Announcement, Family, PeerNode, PerFamily};
 use crate::peers::{self, Indices, LinkFacts, Place, Skipped, Underlay, UnderlayWish, Wanted};
 
-pub(crate) use thread::{KernelThread, spawn};
+#[cfg(test)]
+pub(crate) use thread::KernelThread;
+pub(crate) use thread::spawn;
 
 /// Changes that failed are logged one by one up to this many; the rest is counted.
 const MAX_LOGGED_FAILURES: usize = 5;
@@ -412,7 +414,8 @@ impl Reconciler {
         }
         for name in self.nft.chains()? {
             let ours = name.starts_with(&prefix)
-                || (self.settings.backend == Backend::Vxlan && name.starts_with(firewall::UNTRACKED_PREFIX));
+                || (self.settings.backend == Backend::Vxlan
+                    && name.starts_with(firewall::UNTRACKED_PREFIX));
             if ours && !wanted.contains(&name) {
                 self.nft.remove_chain(&name)?;
                 self.report.changes += 1;

@@ -1,6 +1,6 @@
 //! Plans and differences in tables.
 
-use linux::netlink::{FdbEntry, Link, Neighbour};
+use linux::netlink::{Change, FdbEntry, Link, Neighbour};
 
 use super::*;
 use crate::node::peer_node;

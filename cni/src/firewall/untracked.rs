@@ -47,13 +47,20 @@ mod tests {
             assert!(!nft.ensure_chain(&chain).unwrap());
         }
         let shown = linux::netlink::in_netns(netns.as_fd(), || {
-            Command::new("nft").args(["list", "ruleset"]).output().unwrap()
+            Command::new("nft")
+                .args(["list", "ruleset"])
+                .output()
+                .unwrap()
         });
         let shown = String::from_utf8(shown.unwrap().stdout).unwrap();
         for hook in ["prerouting", "output"] {
             let line = format!("type filter hook {hook} priority raw; policy accept;");
             assert!(shown.contains(&line), "{shown}");
         }
-        assert_eq!(shown.matches("udp dport 8472 notrack").count(), 2, "{shown}");
+        assert_eq!(
+            shown.matches("udp dport 8472 notrack").count(),
+            2,
+            "{shown}"
+        );
     }
 }

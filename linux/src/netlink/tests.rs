@@ -230,7 +230,10 @@ fn neighbours_and_forwarding_entries_are_replaced_listed_and_removed() {
         let set = [1, 2].map(|last| Change::SetNeighbour(with(last)));
         rtnl.apply(&set).unwrap();
         let found = rtnl.neighbours_of(index).unwrap();
-        let ours: Vec<_> = found.iter().filter(|n| n.permanent && n.address == address).collect();
+        let ours: Vec<_> = found
+            .iter()
+            .filter(|n| n.permanent && n.address == address)
+            .collect();
         assert_eq!(ours.len(), 1, "{found:?}");
         assert_eq!(ours[0].mac, Some(mac(2)));
         let remove = [Change::RemoveNeighbour(with(2))];
@@ -242,8 +245,11 @@ fn neighbours_and_forwarding_entries_are_replaced_listed_and_removed() {
         mac: mac(3),
         destination: destination.parse().unwrap(),
     };
-    rtnl.apply(&[Change::SetFdb(to("192.0.2.1")), Change::SetFdb(to("192.0.2.2"))])
-        .unwrap();
+    rtnl.apply(&[
+        Change::SetFdb(to("192.0.2.1")),
+        Change::SetFdb(to("192.0.2.2")),
+    ])
+    .unwrap();
     let found = rtnl.fdb_of(index).unwrap();
     assert_eq!(found.len(), 1, "{found:?}");
     assert_eq!((found[0].mac, found[0].permanent), (mac(3), true));
@@ -304,7 +310,10 @@ fn routes_of_every_type_read_back_as_set_and_only_ours_are_listed() {
     moved.hop = NodeHop::Blackhole;
     rtnl.apply(&[Change::SetNodeRoute(moved.clone())]).unwrap();
     let found = rtnl.routes_of_protocol(140).unwrap();
-    assert!(found.contains(&moved) && !found.contains(&wanted[0]), "{found:?}");
+    assert!(
+        found.contains(&moved) && !found.contains(&wanted[0]),
+        "{found:?}"
+    );
     let remove: Vec<Change> = found.into_iter().map(Change::RemoveNodeRoute).collect();
     for outcome in rtnl.apply_each(&remove).unwrap() {
         assert_eq!(outcome.unwrap(), Outcome::Done);

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::addr::ip;
-use super::attribute::{put, put_address, put_nested, put_u32, put_text};
+use super::attribute::{put, put_address, put_nested, put_text, put_u32};
 use super::link::Mac;
 use super::socket::{NLM_F_CREATE, NLM_F_EXCL, Request, each_attribute};
 

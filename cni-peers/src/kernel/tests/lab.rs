@@ -395,7 +395,9 @@ pub(super) fn datagram(
 }
 
 pub(super) fn reaches(from: &File, to: &Pod) -> bool {
-    datagram(from, to, true, 8, Duration::from_millis(200)).is_some()
+    let both = to.result.ips.iter().map(|ip| ip.address.addr().is_ipv4());
+    let arrives = |v4| datagram(from, to, v4, 8, Duration::from_millis(200)).is_some();
+    both.into_iter().all(arrives)
 }
 
 /// Waits until datagrams pass both ways; fails after [`HEALED`].

@@ -27,6 +27,7 @@ fn pods_of_two_nodes_talk_in_both_families_and_keep_their_addresses() {
             assert_eq!(source, Some(one.address(v4)), "{backend} from pod to pod");
             // A second pod of the same node, and the node itself.
             let near = lab.nodes[0].pod("near");
+            heals(&one, &near, "it was made");
             assert_eq!(
                 datagram(&one.netns, &near, v4, 100, SECOND),
                 Some(one.address(v4))
