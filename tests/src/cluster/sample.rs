@@ -58,13 +58,24 @@ pub fn summary(lab: &Lab) -> Result<String> {
         super::DEFAULT_LAB => String::new(),
         name => format!(" --lab {name}"),
     };
+    // Only what works: a lab may be up without the sample.
+    let sample = items(&pods)
+        .iter()
+        .any(|pod| text(pod, "/metadata/labels/app") == "hello");
+    let hints = if sample {
+        format!(
+            "  cargo xtask kubectl{lab_flag} logs -f deployment/hello
+  cargo xtask kubectl{lab_flag} exec -it deployment/hello -- sh
+"
+        )
+    } else {
+        String::new()
+    };
     out.push_str(&format!(
         "
 next:
   cargo xtask kubectl{lab_flag} get pods -o wide
-  cargo xtask kubectl{lab_flag} logs -f deployment/hello
-  cargo xtask kubectl{lab_flag} exec -it deployment/hello -- sh
-  export KUBECONFIG={}
+{hints}  export KUBECONFIG={}
   cargo xtask down{lab_flag}
 logs: {}
 ",
