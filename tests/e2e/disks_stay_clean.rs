@@ -17,13 +17,15 @@ fn unused_images_go_when_the_disk_is_too_full_and_used_ones_stay() -> Result<()>
     let scenario = Scenario::begin("image-gc")?;
     let node = scenario.spare_node(&Spare {
         disk_bytes: Some(400 << 20),
-        configuration: vec![(
-            ", nodefs.available: 500Mi, imagefs.available: 500Mi",
-            String::new(),
-        )],
-        extra: "imageMinimumGCAge: 1s\nimageGCHighThresholdPercent: 80\n\
-                imageGCLowThresholdPercent: 60\n"
-            .into(),
+        configuration: vec![
+            (
+                ", nodefs.available: 500Mi, imagefs.available: 500Mi",
+                String::new(),
+            ),
+            ("ThresholdPercent: 100", "ThresholdPercent: 80".into()),
+            ("ThresholdPercent: 99", "ThresholdPercent: 60".into()),
+        ],
+        extra: "imageMinimumGCAge: 1s\n".into(),
         ..Spare::default()
     })?;
     scenario.apply(&script_pod("stays", "exec sleep 1000", &node.pin()))?;

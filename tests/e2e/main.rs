@@ -18,6 +18,7 @@ mod pods_start_restart_and_end;
 mod probes_decide_readiness_and_restarts;
 mod registries_that_lie_are_found_out;
 mod resources_change_in_place;
+mod services_lead_to_pods;
 mod static_pods_need_no_apiserver;
 mod streams_carry_every_byte;
 mod the_apiserver_refuses_or_is_away;

@@ -69,7 +69,8 @@ fn measure(lab_name: &str, kind: NodeKind, options: &BenchOptions) -> Result<Val
         kind,
         may_install: options.may_install,
         agents: true,
-        services: false,
+        addons: cluster::Addons::NONE,
+        family: None,
         sample: false,
         profile: options.profile.clone(),
     })?;

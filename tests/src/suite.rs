@@ -97,7 +97,8 @@ fn scenarios(options: &TestOptions) -> Result<Tally> {
         kind: NodeKind::Ferrule,
         may_install: options.may_install,
         agents: true,
-        services: true,
+        addons: cluster::Addons::ALL,
+        family: None,
         sample: true,
         profile: artefacts::ours::TEST_PROFILE.to_owned(),
     });

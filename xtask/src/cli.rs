@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use testkit::cluster::kubectl::Kubectl;
 use testkit::cluster::layout::Layout;
 use testkit::cluster::state::{LabState, lab_names};
-use testkit::cluster::{self, DEFAULT_LAB, NodeKind, UpOptions};
+use testkit::cluster::{self, Addons, DEFAULT_LAB, Family, NodeKind, ProxyMode, UpOptions};
 use testkit::{artefacts, audit, paths};
 
 /// Build, run and test Ferrule on this machine.
@@ -74,6 +74,42 @@ impl From<Kind> for NodeKind {
     }
 }
 
+/// What kube-proxy writes its rules with.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Mode {
+    /// nftables
+    Nftables,
+    /// iptables
+    Iptables,
+}
+
+impl From<Mode> for ProxyMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Nftables => ProxyMode::Nftables,
+            Mode::Iptables => ProxyMode::Iptables,
+        }
+    }
+}
+
+/// Addresses of nodes, pods and services.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum AddressFamily {
+    /// IPv4
+    Ipv4,
+    /// IPv4 and IPv6
+    Dual,
+}
+
+impl From<AddressFamily> for Family {
+    fn from(family: AddressFamily) -> Self {
+        match family {
+            AddressFamily::Ipv4 => Family::Ipv4,
+            AddressFamily::Dual => Family::Dual,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Up {
     #[command(flatten)]
@@ -93,6 +129,18 @@ pub(crate) struct Up {
     /// Leave the sample out
     #[arg(long)]
     no_sample: bool,
+    /// What kube-proxy writes its rules with [default: as it does, or nftables]
+    #[arg(long, value_enum, value_name = "MODE")]
+    proxy_mode: Option<Mode>,
+    /// Start no kube-proxy: services have no addresses that work
+    #[arg(long, conflicts_with = "proxy_mode")]
+    no_proxy: bool,
+    /// Start no CoreDNS
+    #[arg(long)]
+    no_dns: bool,
+    /// Addresses of a new lab
+    #[arg(long, value_enum, value_name = "FAMILY")]
+    ip_family: Option<AddressFamily>,
     /// Cargo profile the kubelet is built with
     #[arg(long, default_value = testkit::artefacts::ours::TEST_PROFILE)]
     profile: String,
@@ -106,7 +154,13 @@ impl Up {
             kind: self.kind.into(),
             may_install: !self.no_install,
             agents: !self.no_agent,
-            services: true,
+            addons: Addons {
+                proxy: !self.no_proxy,
+                mode: self.proxy_mode.map(Mode::into),
+                // Without services nobody reaches it, nor it the apiserver.
+                dns: !self.no_dns && !self.no_proxy,
+            },
+            family: self.ip_family.map(AddressFamily::into),
             sample: !self.no_sample,
             profile: self.profile,
         })?;

@@ -129,6 +129,57 @@ pub fn agnhost() -> Result<PathBuf> {
     ensure("agnhost", "agnhost", &[build], |_| Ok(()))
 }
 
+/// Directory with `kube-proxy` as a program of its own, small enough for an image.
+///
+/// # Errors
+/// When Go is missing or the build fails.
+pub fn kube_proxy() -> Result<PathBuf> {
+    let build = GoBuild {
+        module: "controlplane",
+        package: "k8s.io/kubernetes/cmd/kube-proxy",
+        output: "kube-proxy",
+        flags: vec![kubernetes_linker_flags()],
+        test: false,
+        cgo: false,
+    };
+    ensure("kube-proxy", "kube-proxy", &[build], |_| Ok(()))
+}
+
+/// The release of the cluster's name server.
+pub const COREDNS_VERSION: &str = "v1.15.0";
+
+/// Directory with `coredns`.
+///
+/// # Errors
+/// When Go is missing or the build fails.
+pub fn coredns() -> Result<PathBuf> {
+    let build = GoBuild {
+        module: "controlplane/coredns",
+        package: "github.com/coredns/coredns",
+        output: "coredns",
+        flags: vec!["-ldflags=-s -w".into()],
+        test: false,
+        cgo: false,
+    };
+    ensure("coredns", "CoreDNS (about 3 min the first time)", &[build], |_| Ok(()))
+}
+
+/// Directory with `sample-apiserver`, the aggregated server of the upstream suite's test image.
+///
+/// # Errors
+/// When Go is missing or the build fails.
+pub fn sample_apiserver() -> Result<PathBuf> {
+    let build = GoBuild {
+        module: "controlplane/sample-apiserver",
+        package: "k8s.io/sample-apiserver",
+        output: "sample-apiserver",
+        flags: vec!["-ldflags=-s -w".into()],
+        test: false,
+        cgo: false,
+    };
+    ensure("sample-apiserver", "sample-apiserver", &[build], |_| Ok(()))
+}
+
 /// Directory with the stock node: `containerd`, its shim, `runc` and the CNI plugins. The stock
 /// kubelet is in [`kubernetes`].
 ///

@@ -1,7 +1,7 @@
 //! etcd, kube-apiserver, kube-controller-manager, kube-scheduler and the image registry.
 
 use super::Lab;
-use super::layout::Layout;
+use super::layout::{Family, Layout};
 use super::state::write_file;
 use crate::process::{ProcessSpec, until};
 use crate::progress::Step;
@@ -25,15 +25,15 @@ pub fn ensure(lab: &mut Lab) -> Result<()> {
     let etcd_dir = artefacts::go::etcd()?;
     let programs = lab.programs.clone();
     let mut step = Step::begin("control plane");
-    let layout = lab.layout.clone();
+    let (layout, family) = (lab.layout.clone(), lab.state.family);
     lab.ensure_process("etcd", &etcd(&layout, &etcd_dir))?;
-    lab.ensure_process("kube-apiserver", &apiserver(&layout, &programs))?;
+    lab.ensure_process("kube-apiserver", &apiserver(&layout, &programs, family))?;
     lab.ensure_process("registry", &registry(&layout)?)?;
     step.detail("waiting for the apiserver");
     wait_ready(lab)?;
     lab.ensure_process(
         "kube-controller-manager",
-        &controller_manager(&layout, &programs),
+        &controller_manager(&layout, &programs, family),
     )?;
     lab.ensure_process("kube-scheduler", &scheduler(&layout, &programs))?;
     lab.kubectl.apply(ACCESS).context("grant access")?;
@@ -104,7 +104,7 @@ fn etcd(layout: &Layout, programs: &Path) -> ProcessSpec {
     ProcessSpec::new(programs.join("etcd"), args)
 }
 
-fn apiserver(layout: &Layout, programs: &Path) -> ProcessSpec {
+fn apiserver(layout: &Layout, programs: &Path, family: Family) -> ProcessSpec {
     let address = layout.control_address().to_string();
     let args = flags(&[
         ("advertise-address", address.clone()),
@@ -140,7 +140,7 @@ fn apiserver(layout: &Layout, programs: &Path) -> ProcessSpec {
             "service-account-signing-key-file",
             pki(layout, "service-account.key"),
         ),
-        ("service-cluster-ip-range", layout.service_network()),
+        ("service-cluster-ip-range", layout.service_networks(family)),
         ("authorization-mode", "Node,RBAC".into()),
         ("enable-admission-plugins", "NodeRestriction".into()),
         ("allow-privileged", "true".into()),
@@ -170,13 +170,13 @@ fn apiserver(layout: &Layout, programs: &Path) -> ProcessSpec {
     ProcessSpec::new(programs.join("kube-apiserver"), args)
 }
 
-fn controller_manager(layout: &Layout, programs: &Path) -> ProcessSpec {
+fn controller_manager(layout: &Layout, programs: &Path, family: Family) -> ProcessSpec {
     let kubeconfig = layout
         .dir
         .join("controller-manager.kubeconfig")
         .display()
         .to_string();
-    let args = flags(&[
+    let mut args = flags(&[
         ("kubeconfig", kubeconfig.clone()),
         ("authentication-kubeconfig", kubeconfig.clone()),
         ("authorization-kubeconfig", kubeconfig),
@@ -195,9 +195,8 @@ fn controller_manager(layout: &Layout, programs: &Path) -> ProcessSpec {
             "*,bootstrap-signer-controller,token-cleaner-controller".into(),
         ),
         ("allocate-node-cidrs", "true".into()),
-        ("cluster-cidr", layout.pod_network()),
-        ("service-cluster-ip-range", layout.service_network()),
-        ("node-cidr-mask-size", "24".into()),
+        ("cluster-cidr", layout.pod_networks(family)),
+        ("service-cluster-ip-range", layout.service_networks(family)),
         // One replica: nobody to elect against.
         ("leader-elect", "false".into()),
         // The default of 20 requests a second would be what a burst of pods measures.
@@ -205,6 +204,13 @@ fn controller_manager(layout: &Layout, programs: &Path) -> ProcessSpec {
         ("kube-api-burst", "600".into()),
         ("cert-dir", layout.dir.join("pki").display().to_string()),
     ]);
+    args.extend(match family {
+        Family::Ipv4 => flags(&[("node-cidr-mask-size", "24".into())]),
+        Family::Dual => flags(&[
+            ("node-cidr-mask-size-ipv4", "24".into()),
+            ("node-cidr-mask-size-ipv6", "64".into()),
+        ]),
+    });
     ProcessSpec::new(programs.join("kube-controller-manager"), args)
 }
 

@@ -5,6 +5,7 @@ use super::Lab;
 use super::node::{self, NodeContext};
 use crate::process::ProcessSpec;
 use anyhow::{Context, Result};
+use serde_json::json;
 use std::path::Path;
 
 /// Installs the programs and starts the agent, if `agent` says so.
@@ -41,15 +42,15 @@ registries:
     )
 }
 
-/// Flags of the agent on the node `name`.
+/// Flags of the agent on the node `name`, with one address or one of each family.
 #[must_use]
-pub fn agent_flags(name: &str, address: &str) -> Vec<String> {
+pub fn agent_flags(name: &str, addresses: &str) -> Vec<String> {
     let pairs = [
         ("config", "/etc/kubernetes/kubelet.yaml"),
         ("kubeconfig", "/etc/kubernetes/kubelet.kubeconfig"),
         ("root-dir", "/var/lib/kubelet"),
         ("hostname-override", name),
-        ("node-ip", address),
+        ("node-ip", addresses),
         ("cert-dir", "/var/lib/kubelet/pki"),
         ("runtime-config", "/etc/kubernetes/ferrule.yaml"),
     ];
@@ -64,16 +65,16 @@ pub fn agent_flags(name: &str, address: &str) -> Vec<String> {
 /// # Errors
 /// When it cannot be started.
 pub fn start(lab: &mut Lab, node: &NodeContext) -> Result<()> {
-    let address = lab.layout.node_address(node.number).to_string();
-    let args = agent_flags(&node.name, &address);
+    let addresses = lab.layout.node_addresses(node.number, lab.state.family);
+    let args = agent_flags(&node.name, &addresses);
     let mut spec = ProcessSpec::new(node.dir.join("bin/kubelet"), args);
     spec.env.push(("RUST_BACKTRACE".into(), "1".into()));
     node::ensure_agent(lab, node, "kubelet", spec)
 }
 
-/// The network configuration, once the controller manager has given the node its pods' network.
+/// The network configuration, once the controller manager has given the node its pods' networks.
 #[must_use]
-pub fn network_configuration(pod_network: &str) -> String {
+pub fn network_configuration(pod_networks: &[String]) -> String {
     format!(
         r#"{{
   "cniVersion": "1.1.0",
@@ -85,14 +86,22 @@ pub fn network_configuration(pod_network: &str) -> String {
       "isGateway": true,
       "ipMasq": true,
       "hairpinMode": true,
-      "ipam": {{
-        "type": "host-local",
-        "ranges": [[{{"subnet": "{pod_network}"}}]],
-        "routes": [{{"dst": "0.0.0.0/0"}}]
-      }}
+      "capabilities": {{"portMappings": true}},
+      "ipam": {ipam}
     }}
   ]
 }}
-"#
+"#,
+        ipam = addresses(pod_networks),
     )
+}
+
+/// An address of each network, and a way out for each family.
+pub(super) fn addresses(pod_networks: &[String]) -> serde_json::Value {
+    let ranges: Vec<_> = pod_networks.iter().map(|net| json!([{"subnet": net}])).collect();
+    let routes = pod_networks.iter().map(|net| match net.contains(':') {
+        true => json!({"dst": "::/0"}),
+        false => json!({"dst": "0.0.0.0/0"}),
+    });
+    json!({"type": "host-local", "ranges": ranges, "routes": routes.collect::<Vec<_>>()})
 }

@@ -76,7 +76,7 @@ impl Hosted {
             registry: host.registry(),
         };
         lab.ours = Some(programs(host)?);
-        network::ensure_bridge(&lab.layout)?;
+        network::ensure_bridge(&lab.layout, lab.state.family)?;
         hosted.ensure_certificates()?;
         let authorities = pki::ensure_control_plane(&lab.layout)?;
         node::ensure(&mut lab, &authorities, 1, NodeKind::Ferrule, false)?;

@@ -1,7 +1,8 @@
 //! A lab's addresses and file names, all computed from its name and its number. Pure.
 
 use anyhow::{Result, ensure};
-use std::net::Ipv4Addr;
+use serde::{Deserialize, Serialize};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 /// Highest lab number; keeps every derived network inside 10.0.0.0/8 and apart from the others.
@@ -9,6 +10,17 @@ pub const MAX_INDEX: u8 = 50;
 
 /// Most nodes of one lab: node addresses start at .11 of a /24.
 pub const MAX_NODES: usize = 100;
+
+/// Which addresses nodes, pods and services have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// IPv4.
+    #[default]
+    Ipv4,
+    /// IPv4 first, and IPv6.
+    Dual,
+}
 
 /// A lab and where everything of it lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +78,31 @@ impl Layout {
         )
     }
 
+    /// IPv6 address of the control plane.
+    #[must_use]
+    pub fn control_address6(&self) -> Ipv6Addr {
+        self.address6(1)
+    }
+
+    /// IPv6 address of node number `node`.
+    #[must_use]
+    pub fn node_address6(&self, node: usize) -> Ipv6Addr {
+        self.address6(u16::try_from(10 + node).unwrap_or(u16::MAX))
+    }
+
+    fn address6(&self, host: u16) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd99, u16::from(self.index), 0, 0, 0, 0, 0, host)
+    }
+
+    /// All addresses of a node, the first family first.
+    #[must_use]
+    pub fn node_addresses(&self, node: usize, family: Family) -> String {
+        match family {
+            Family::Ipv4 => self.node_address(node).to_string(),
+            Family::Dual => format!("{},{}", self.node_address(node), self.node_address6(node)),
+        }
+    }
+
     /// `node-1`, `node-2`, …
     #[must_use]
     pub fn node_name(node: usize) -> String {
@@ -78,6 +115,25 @@ impl Layout {
         match self.index {
             0 => "10.244.0.0/16".to_owned(),
             index => format!("10.{}.0.0/16", 128 + u16::from(index)),
+        }
+    }
+
+    /// The networks of all pods, the first family first.
+    #[must_use]
+    pub fn pod_networks(&self, family: Family) -> String {
+        match family {
+            Family::Ipv4 => self.pod_network(),
+            // Each node gets a /64 of it.
+            Family::Dual => format!("{},fd98:{:x}::/48", self.pod_network(), self.index),
+        }
+    }
+
+    /// The networks of all services, the first family first.
+    #[must_use]
+    pub fn service_networks(&self, family: Family) -> String {
+        match family {
+            Family::Ipv4 => self.service_network(),
+            Family::Dual => format!("{},fd97:{:x}::/112", self.service_network(), self.index),
         }
     }
 
@@ -95,6 +151,12 @@ impl Layout {
             0 => Ipv4Addr::new(10, 96, 0, n),
             index => Ipv4Addr::new(10, 180 + index, 0, n),
         }
+    }
+
+    /// The n-th IPv6 service address.
+    #[must_use]
+    pub fn service_address6(&self, n: u16) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd97, u16::from(self.index), 0, 0, 0, 0, 0, n)
     }
 
     /// The apiserver's URL.

@@ -12,6 +12,7 @@
 //! processes by an environment variable and their cgroup, links by their alias, files by lying
 //! below the lab's directory. Nothing else is ever removed.
 
+pub mod addons;
 pub mod cgroup;
 pub mod controlplane;
 pub mod down;
@@ -28,7 +29,9 @@ pub mod state;
 pub mod stock;
 mod surplus;
 
+pub use addons::{Addons, ProxyMode};
 pub use down::down;
+pub use layout::Family;
 pub use state::NodeKind;
 
 use crate::artefacts::{self, ours};
@@ -67,8 +70,10 @@ pub struct UpOptions {
     /// Start the nodes' agents. Without them the nodes are prepared, but whoever wants to look at an
     /// agent closely starts it by hand.
     pub agents: bool,
-    /// Run the stock kube-proxy on every node, so that services have addresses that work.
-    pub services: bool,
+    /// What shall run as pods of the cluster's own.
+    pub addons: Addons,
+    /// Addresses of a new lab; `None` means IPv4. A lab that is there keeps what it has.
+    pub family: Option<Family>,
     /// Start the sample.
     pub sample: bool,
     /// Cargo profile the agent is built with.
@@ -274,18 +279,23 @@ impl Lab {
         )
     }
 
-    /// The nodes that have a place in the network.
+    /// Where the pods of the nodes are that have a place in the network.
     fn sites(&self) -> Vec<Site> {
-        let nodes = self.state.nodes.values();
-        nodes
-            .filter_map(|node| {
-                Some(Site {
-                    holder: node.holder.filter(|holder| holder.is_alive())?.pid,
-                    address: self.layout.node_address(node.number),
-                    pod_network: node.pod_network.clone()?,
-                })
-            })
-            .collect()
+        let mut sites = Vec::new();
+        for node in self.state.nodes.values() {
+            let Some(holder) = node.holder.filter(|holder| holder.is_alive()) else {
+                continue;
+            };
+            sites.extend(node.pod_networks.iter().map(|pod_network| Site {
+                holder: holder.pid,
+                address: match pod_network.contains(':') {
+                    true => self.layout.node_address6(node.number).into(),
+                    false => self.layout.node_address(node.number).into(),
+                },
+                pod_network: pod_network.clone(),
+            }));
+        }
+        sites
     }
 }
 
@@ -310,7 +320,8 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
     if nodes > 0 {
         build_programs(&mut lab, options, nodes)?;
     }
-    network::ensure_bridge(&lab.layout)?;
+    decide_family(&mut lab, options.family)?;
+    network::ensure_bridge(&lab.layout, lab.state.family)?;
     if options.nodes.is_some() {
         surplus::remove(&mut lab, nodes)?;
     }
@@ -322,6 +333,9 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
     let step = Step::begin("test images");
     images::ensure_pushed(&lab.layout.registry(), &paths::cache()?)?;
     step.done(&lab.layout.registry());
+    if options.agents {
+        addons::begin(&mut lab, options.addons)?;
+    }
     let step = Step::begin(format!(
         "{nodes} {}",
         if nodes == 1 { "node" } else { "nodes" }
@@ -346,17 +360,29 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
     for number in 1..=nodes {
         wait_node_ready(&lab, &Layout::node_name(number))?;
     }
-    if options.services {
-        for number in 1..=nodes {
-            let node = node::existing(&lab, &Layout::node_name(number))?;
-            node::ensure_proxy(&mut lab, &node)?;
-        }
-    }
     step.done("Ready");
+    let step = options.addons.names().map(Step::begin);
+    addons::proceed(&lab, options.addons, nodes)?;
     if options.sample {
         sample::ensure(&lab)?;
     }
+    addons::complete(&lab, options.addons)?;
+    step.map(|step| step.done("Ready"));
     Ok(lab)
+}
+
+/// The addresses are decided with the control plane, and not later.
+fn decide_family(lab: &mut Lab, wanted: Option<Family>) -> Result<()> {
+    let Some(wanted) = wanted.filter(|wanted| *wanted != lab.state.family) else {
+        return Ok(());
+    };
+    anyhow::ensure!(
+        lab.state.processes.is_empty(),
+        "lab {} is up with other addresses; take it down first",
+        lab.layout.name
+    );
+    lab.state.family = wanted;
+    lab.save()
 }
 
 fn build_programs(lab: &mut Lab, options: &UpOptions, nodes: usize) -> Result<()> {
@@ -378,11 +404,11 @@ fn build_programs(lab: &mut Lab, options: &UpOptions, nodes: usize) -> Result<()
 }
 
 /// Writes the node's network configuration once the controller manager has given it its pods'
-/// network, as an installed network add-on would.
+/// networks, as an installed network add-on would.
 fn join_network(lab: &mut Lab, name: &str) -> Result<()> {
     let process = format!("{name}/kubelet");
     let node = format!("node/{name}");
-    let pod_network = until(
+    let pod_networks = until(
         "the node to register",
         READY_LIMIT,
         || lab.require_alive(&process),
@@ -397,16 +423,17 @@ fn join_network(lab: &mut Lab, name: &str) -> Result<()> {
             ];
             lab.kubectl.run(&wait)?;
             lab.kubectl
-                .run(&["get", &node, "--output=jsonpath={.spec.podCIDR}"])
+                .run(&["get", &node, "--output=jsonpath={.spec.podCIDRs[*]}"])
         },
     )?;
+    let pod_networks: Vec<String> = pod_networks.split_whitespace().map(str::to_owned).collect();
     let Some(record) = lab.state.nodes.get_mut(name) else {
         return Ok(());
     };
-    record.pod_network = Some(pod_network.clone());
+    record.pod_networks.clone_from(&pod_networks);
     let configuration = match record.kind {
-        NodeKind::Ferrule => ferrule::network_configuration(&pod_network),
-        NodeKind::Stock => stock::network_configuration(&pod_network),
+        NodeKind::Ferrule => ferrule::network_configuration(&pod_networks),
+        NodeKind::Stock => stock::network_configuration(&pod_networks),
     };
     lab.save()?;
     let file = lab

@@ -1,11 +1,11 @@
 //! The lab's bridge, a veth per node and the routes between the nodes' pod networks. Every link
 //! carries the lab's name as its alias, which is what proves that it is ours to remove.
 
-use super::layout::Layout;
+use super::layout::{Family, Layout};
 use crate::command::{command, stdout};
 use anyhow::{Context, Result, bail};
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::Path;
 
 /// Begins the alias of every link of a lab.
@@ -66,7 +66,7 @@ fn claim(layout: &Layout, link: &str) -> Result<()> {
 ///
 /// # Errors
 /// When a link of that name is somebody else's or the kernel refuses.
-pub fn ensure_bridge(layout: &Layout) -> Result<()> {
+pub fn ensure_bridge(layout: &Layout, family: Family) -> Result<()> {
     let bridge = layout.bridge();
     if !exists(&bridge) {
         ip(&["link", "add", "name", &bridge, "type", "bridge"])?;
@@ -74,6 +74,11 @@ pub fn ensure_bridge(layout: &Layout) -> Result<()> {
     claim(layout, &bridge)?;
     let address = format!("{}/24", layout.control_address());
     ip(&["address", "replace", &address, "dev", &bridge])?;
+    if family == Family::Dual {
+        let address = format!("{}/64", layout.control_address6());
+        // Nobody else has it: it works at once.
+        ip(&["address", "replace", &address, "dev", &bridge, "nodad"])?;
+    }
     ip(&["link", "set", "dev", &bridge, "up"])?;
     Ok(())
 }
@@ -82,7 +87,7 @@ pub fn ensure_bridge(layout: &Layout) -> Result<()> {
 ///
 /// # Errors
 /// When a link of that name is somebody else's or the kernel refuses.
-pub fn ensure_node(layout: &Layout, number: usize, holder: i32) -> Result<()> {
+pub fn ensure_node(layout: &Layout, number: usize, holder: i32, family: Family) -> Result<()> {
     let veth = layout.veth(number);
     if !exists(&veth) {
         let pid = holder.to_string();
@@ -107,6 +112,12 @@ pub fn ensure_node(layout: &Layout, number: usize, holder: i32) -> Result<()> {
     ip_in(holder, &["link", "set", "dev", "eth0", "up"])?;
     let gateway = layout.control_address().to_string();
     ip_in(holder, &["route", "replace", "default", "via", &gateway])?;
+    if family == Family::Dual {
+        let address = format!("{}/64", layout.node_address6(number));
+        ip_in(holder, &["address", "replace", &address, "dev", "eth0", "nodad"])?;
+        let gateway = layout.control_address6().to_string();
+        ip_in(holder, &["-6", "route", "replace", "default", "via", &gateway])?;
+    }
     Ok(())
 }
 
@@ -115,9 +126,9 @@ pub fn ensure_node(layout: &Layout, number: usize, holder: i32) -> Result<()> {
 pub struct Site {
     /// The process that holds its namespaces.
     pub holder: i32,
-    /// Its address on the bridge.
-    pub address: Ipv4Addr,
-    /// Its pods' network.
+    /// Its address on the bridge, of the family of `pod_network`.
+    pub address: IpAddr,
+    /// A network of its pods.
     pub pod_network: String,
 }
 
@@ -133,7 +144,10 @@ pub fn ensure_routes(layout: &Layout, sites: &[Site]) -> Result<()> {
         let bridge = layout.bridge();
         ours.extend(["dev", bridge.as_str()]);
         ip(&ours)?;
-        for other in sites.iter().filter(|other| *other != site) {
+        let others = sites.iter().filter(|other| {
+            other.holder != site.holder && other.address.is_ipv4() == site.address.is_ipv4()
+        });
+        for other in others {
             ip_in(other.holder, &route)
                 .with_context(|| format!("route from {} to {via}", other.address))?;
         }
@@ -148,10 +162,14 @@ pub fn ensure_routes(layout: &Layout, sites: &[Site]) -> Result<()> {
 /// When the link is another lab's or the kernel refuses.
 pub fn remove_node(layout: &Layout, number: usize, others: &[i32]) -> Result<()> {
     let address = layout.node_address(number).to_string();
+    let address6 = layout.node_address6(number).to_string();
     let flush = ["route", "flush", "via", &address];
-    ip(&flush)?;
-    for holder in others {
-        ip_in(*holder, &flush)?;
+    let flush6 = ["-6", "route", "flush", "via", &address6];
+    for flush in [&flush[..], &flush6] {
+        ip(flush)?;
+        for holder in others {
+            ip_in(*holder, flush)?;
+        }
     }
     let link = layout.veth(number);
     match owner_of(&link) {

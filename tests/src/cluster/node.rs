@@ -64,6 +64,7 @@ printf '127.0.0.1 localhost\n%s %s\n' "$4" "$2" > /etc/hosts
 printf '%s\n' "$2" > /etc/hostname
 printf '%s' "$5-$2" | md5sum | cut -c1-32 > /etc/machine-id
 echo 1 > /proc/sys/net/ipv4/ip_forward
+[ ! -d /proc/sys/net/ipv6 ] || echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
 mount --make-rshared /
 "#;
 
@@ -125,13 +126,13 @@ pub fn ensure(
         number,
         kind,
         holder: None,
-        pod_network: None,
+        pod_networks: Vec::new(),
         disk_bytes: None,
     };
     lab.state.nodes.entry(name.clone()).or_insert(record);
     lab.save()?;
     let context = ensure_namespaces(lab, &name, number)?;
-    network::ensure_node(&lab.layout, number, context.holder)?;
+    network::ensure_node(&lab.layout, number, context.holder, lab.state.family)?;
     write_credentials(&lab.layout, authorities, &context.place())?;
     match kind {
         NodeKind::Ferrule => ferrule::ensure(lab, &context, agent),
@@ -257,6 +258,7 @@ pub fn write_credentials(
     let names = [
         node.name.to_owned(),
         layout.node_address(node.number).to_string(),
+        layout.node_address6(node.number).to_string(),
     ];
     let serving = Subject::server(&user, &names);
     let file = format!("{}-serving", node.name);
@@ -284,6 +286,9 @@ pub fn write_changed(path: &Path, content: &str, mode: u32) -> Result<()> {
 }
 
 /// The node's KubeletConfiguration; `extra` is appended as further top-level fields.
+///
+/// The disk is the machine's, and how full that is says nothing about the lab: images are not
+/// collected by percentage (100 switches that off), and pods are evicted by bytes.
 #[must_use]
 pub fn kubelet_configuration(layout: &Layout, node: &str, extra: &str) -> String {
     format!(
@@ -309,6 +314,8 @@ cgroupRoot: {cgroup_root}
 failCgroupV1: false
 failSwapOn: false
 evictionHard: {{memory.available: 50Mi, nodefs.available: 500Mi, imagefs.available: 500Mi}}
+imageGCHighThresholdPercent: 100
+imageGCLowThresholdPercent: 99
 maxPods: 400
 serializeImagePulls: false
 {extra}",
@@ -357,36 +364,6 @@ pub fn ensure_agent(
         }
     }
     lab.ensure_process(&format!("{}/{process}", node.name), &spec)
-}
-
-/// Starts the stock kube-proxy inside the node.
-///
-/// # Errors
-/// When it cannot be started.
-pub fn ensure_proxy(lab: &mut Lab, node: &NodeContext) -> Result<()> {
-    let kubeconfig = fs::read_to_string(lab.layout.dir.join("proxy.kubeconfig"))
-        .context("read the proxy's kubeconfig")?;
-    write_changed(
-        &node.dir.join("kubernetes/proxy.kubeconfig"),
-        &kubeconfig,
-        0o600,
-    )?;
-    let network = lab.layout.pod_network();
-    let pairs = [
-        ("kubeconfig", "/etc/kubernetes/proxy.kubeconfig"),
-        ("hostname-override", &node.name),
-        ("proxy-mode", "nftables"),
-        ("cluster-cidr", &network),
-        // The table of connections is the machine's, not the node's.
-        ("conntrack-max-per-core", "0"),
-        ("conntrack-min", "0"),
-    ];
-    let args = pairs
-        .iter()
-        .map(|(name, value)| format!("--{name}={value}"))
-        .collect();
-    let spec = ProcessSpec::new(lab.programs.join("kube-proxy"), args);
-    ensure_agent(lab, node, "kube-proxy", spec)
 }
 
 /// Copies a program into the node when it differs, whole or not at all: one that runs is replaced

@@ -244,6 +244,7 @@ pub fn ensure_control_plane(layout: &Layout) -> Result<Authorities> {
         address,
         "127.0.0.1".into(),
         layout.service_address(1).to_string(),
+        layout.service_address6(1).to_string(),
         "localhost".into(),
         "kubernetes".into(),
         "kubernetes.default".into(),

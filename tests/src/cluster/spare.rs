@@ -66,7 +66,7 @@ fn add_as(lab: &mut Lab, number: usize, name: &str, spare: &Spare) -> Result<()>
         number,
         kind: NodeKind::Ferrule,
         holder: None,
-        pod_network: None,
+        pod_networks: Vec::new(),
         disk_bytes: spare.disk_bytes,
     };
     lab.state.nodes.insert(name.to_owned(), record);

@@ -5,7 +5,8 @@
 //! by its owner variable); nodes listed may or may not have links. Pids of an earlier boot mean
 //! nothing.
 
-use super::layout::{Layout, MAX_INDEX};
+use super::addons::ProxyMode;
+use super::layout::{Family, Layout, MAX_INDEX};
 use crate::process::ProcessIdentity;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -46,8 +47,9 @@ pub struct NodeRecord {
     pub kind: NodeKind,
     /// The process that holds its namespaces; `None` while they are being made.
     pub holder: Option<ProcessIdentity>,
-    /// The pods' network the controller manager gave it.
-    pub pod_network: Option<String>,
+    /// The pods' networks the controller manager gave it, the first family first; empty before.
+    #[serde(default)]
+    pub pod_networks: Vec<String>,
     /// Size of a disk of its own; without one it shares the machine's.
     #[serde(default)]
     pub disk_bytes: Option<u64>,
@@ -61,6 +63,12 @@ pub struct LabState {
     pub name: String,
     /// The lab's number.
     pub index: u8,
+    /// Addresses of nodes, pods and services: decided once, when the control plane is made.
+    #[serde(default)]
+    pub family: Family,
+    /// How kube-proxy was told to write its rules, if it was.
+    #[serde(default)]
+    pub proxy_mode: Option<ProxyMode>,
     /// Boot the pids belong to.
     pub boot_id: String,
     /// Processes by name, such as `etcd` and `node-1/kubelet`.
@@ -117,6 +125,8 @@ impl LabState {
             version: VERSION,
             name: name.to_owned(),
             index,
+            family: Family::default(),
+            proxy_mode: None,
             boot_id: boot_id()?,
             processes: BTreeMap::new(),
             nodes: BTreeMap::new(),

@@ -70,13 +70,13 @@ pub fn ensure(lab: &mut Lab, node: &NodeContext, agent: bool) -> Result<()> {
 /// # Errors
 /// When it cannot be started.
 pub fn start_kubelet(lab: &mut Lab, node: &NodeContext) -> Result<()> {
-    let address = lab.layout.node_address(node.number).to_string();
+    let addresses = lab.layout.node_addresses(node.number, lab.state.family);
     let pairs = [
         ("config", "/etc/kubernetes/kubelet.yaml"),
         ("kubeconfig", "/etc/kubernetes/kubelet.kubeconfig"),
         ("root-dir", "/var/lib/kubelet"),
         ("hostname-override", &node.name),
-        ("node-ip", &address),
+        ("node-ip", &addresses),
         ("cert-dir", "/var/lib/kubelet/pki"),
     ];
     let args = pairs
@@ -116,9 +116,9 @@ SystemdCgroup = false
     )
 }
 
-/// The network configuration, once the controller manager has given the node its pods' network.
+/// The network configuration, once the controller manager has given the node its pods' networks.
 #[must_use]
-pub fn network_configuration(pod_network: &str) -> String {
+pub fn network_configuration(pod_networks: &[String]) -> String {
     format!(
         r#"{{
   "cniVersion": "1.0.0",
@@ -130,15 +130,12 @@ pub fn network_configuration(pod_network: &str) -> String {
       "isGateway": true,
       "ipMasq": true,
       "hairpinMode": true,
-      "ipam": {{
-        "type": "host-local",
-        "ranges": [[{{"subnet": "{pod_network}"}}]],
-        "routes": [{{"dst": "0.0.0.0/0"}}]
-      }}
+      "ipam": {ipam}
     }},
     {{"type": "portmap", "capabilities": {{"portMappings": true}}}}
   ]
 }}
-"#
+"#,
+        ipam = super::ferrule::addresses(pod_networks),
     )
 }

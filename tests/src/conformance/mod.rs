@@ -11,7 +11,7 @@ pub use suites::{DEFAULT_SKIP, SUITES, Suite, find as suite};
 use crate::cluster::state::LabState;
 use crate::cluster::{self, Lab, NodeKind, UpOptions};
 use crate::progress::Step;
-use crate::{artefacts, command, paths};
+use crate::{artefacts, command, images, paths};
 use anyhow::{Context, Result, bail};
 use progress::Progress;
 use std::fs::{self, File};
@@ -88,10 +88,12 @@ pub fn run(options: &ConformanceOptions) -> Result<Report> {
         kind: options.kind,
         may_install: options.may_install,
         agents: true,
-        services: true,
+        addons: cluster::Addons::ALL,
+        family: None,
         sample: false,
         profile: artefacts::ours::TEST_PROFILE.to_owned(),
     })?;
+    images::ensure_suite(&lab.layout.registry(), &paths::cache()?)?;
     let reports = options.reports.join(&options.lab);
     fresh_directory(&reports)?;
     let mut runner = ginkgo(&programs, &lab, options, &reports);

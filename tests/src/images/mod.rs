@@ -4,6 +4,7 @@
 //! Everything is kept in the cache by the hash of what it is made from: a second run asks the
 //! registry for a dozen manifests and is done.
 
+mod cluster;
 mod debian;
 mod layer;
 mod layout;
@@ -51,16 +52,7 @@ pub fn ensure_registry_installed() -> Result<()> {
 /// # Errors
 /// When an image cannot be built or pushed.
 pub fn ensure_pushed(registry: &str, cache: &Path) -> Result<()> {
-    let store = layout::Store::open(&cache.join("images"))?;
-    let client = push::Registry::new(registry);
-    for recipe in recipes::ALL {
-        let image = (recipe.build)(cache, &store)
-            .with_context(|| format!("build test image {}:{}", recipe.repository, recipe.tag))?;
-        client
-            .ensure(recipe.repository, recipe.tag, &image)
-            .with_context(|| format!("push {}:{} to {registry}", recipe.repository, recipe.tag))?;
-    }
-    Ok(())
+    push(registry, cache, recipes::ALL)
 }
 
 /// Makes sure that `registry` serves the images of a control plane that runs in pods. Apart from
@@ -69,9 +61,39 @@ pub fn ensure_pushed(registry: &str, cache: &Path) -> Result<()> {
 /// # Errors
 /// When an image cannot be built or pushed.
 pub fn ensure_control_plane(registry: &str, cache: &Path) -> Result<()> {
+    push(registry, cache, cluster::CONTROL_PLANE)
+}
+
+/// Makes sure that `registry` serves kube-proxy's image; returns its name.
+///
+/// # Errors
+/// When it cannot be built or pushed.
+pub fn ensure_proxy(registry: &str, cache: &Path) -> Result<String> {
+    push(registry, cache, &[cluster::PROXY])?;
+    Ok(cluster::PROXY.name())
+}
+
+/// Makes sure that `registry` serves the name server's image; returns its name.
+///
+/// # Errors
+/// When it cannot be built or pushed.
+pub fn ensure_dns(registry: &str, cache: &Path) -> Result<String> {
+    push(registry, cache, &[cluster::DNS])?;
+    Ok(cluster::DNS.name())
+}
+
+/// Makes sure that `registry` serves what single specs of the upstream suite pull besides.
+///
+/// # Errors
+/// When an image cannot be built or pushed.
+pub fn ensure_suite(registry: &str, cache: &Path) -> Result<()> {
+    push(registry, cache, recipes::SUITE)
+}
+
+fn push(registry: &str, cache: &Path, recipes: &[recipes::Recipe]) -> Result<()> {
     let store = layout::Store::open(&cache.join("images"))?;
     let client = push::Registry::new(registry);
-    for recipe in recipes::CONTROL_PLANE {
+    for recipe in recipes {
         let image = (recipe.build)(cache, &store)
             .with_context(|| format!("build image {}:{}", recipe.repository, recipe.tag))?;
         client
@@ -84,7 +106,7 @@ pub fn ensure_control_plane(registry: &str, cache: &Path) -> Result<()> {
 /// `name:tag` of an image of the control plane.
 #[must_use]
 pub fn control_plane_image(name: &str) -> String {
-    let recipe = recipes::CONTROL_PLANE.iter().find(|r| r.repository == name);
+    let recipe = cluster::CONTROL_PLANE.iter().find(|r| r.repository == name);
     format!("{name}:{}", recipe.map_or("latest", |r| r.tag))
 }
 

@@ -2,9 +2,8 @@
 
 use super::layer::Layer;
 use super::layout::{Blob, Image, Run, Store, digest, image};
-use super::{debian, programs};
+use super::{cluster, debian, programs};
 use crate::artefacts::cache::Inputs;
-use crate::artefacts::go;
 use crate::command;
 use anyhow::{Context, Result};
 use std::fs;
@@ -19,7 +18,14 @@ pub(super) struct Recipe {
     pub(super) build: fn(&Path, &Store) -> Result<Image>,
 }
 
-const fn e2e(
+impl Recipe {
+    /// The name pods pull it by.
+    pub(super) fn name(&self) -> String {
+        format!("registry.k8s.io/{}:{}", self.repository, self.tag)
+    }
+}
+
+pub(super) const fn recipe(
     repository: &'static str,
     tag: &'static str,
     build: fn(&Path, &Store) -> Result<Image>,
@@ -33,41 +39,36 @@ const fn e2e(
 
 /// Every image, as named below `registry.k8s.io/`.
 pub(super) const ALL: &[Recipe] = &[
-    e2e("pause", "3.10.2", pause),
-    e2e("e2e-test-images/busybox", "1.37.0-1", busybox),
-    e2e("e2e-test-images/agnhost", "2.63.0", |c, s| {
+    recipe("pause", "3.10.2", pause),
+    recipe("e2e-test-images/busybox", "1.37.0-1", busybox),
+    recipe("e2e-test-images/agnhost", "2.63.0", |c, s| {
         agnhost(c, s, "2.63.0")
     }),
-    e2e("e2e-test-images/agnhost", "2.55", |c, s| {
+    recipe("e2e-test-images/agnhost", "2.55", |c, s| {
         agnhost(c, s, "2.55")
     }),
-    e2e("e2e-test-images/nginx", "1.15-4", |c, s| {
+    recipe("e2e-test-images/nginx", "1.15-4", |c, s| {
         nginx(c, s, "1.15-4")
     }),
-    e2e("e2e-test-images/nginx", "1.27-0", |c, s| {
+    recipe("e2e-test-images/nginx", "1.27-0", |c, s| {
         nginx(c, s, "1.27-0")
     }),
-    e2e("e2e-test-images/kitten", "1.8", |c, s| {
+    recipe("e2e-test-images/kitten", "1.8", |c, s| {
         update_demo(c, s, "kitten")
     }),
-    e2e("e2e-test-images/nautilus", "1.8", |c, s| {
+    recipe("e2e-test-images/nautilus", "1.8", |c, s| {
         update_demo(c, s, "nautilus")
     }),
-    e2e("e2e-test-images/nonewprivs", "1.4", nonewprivs),
-    e2e("e2e-test-images/nonroot", "1.5", nonroot),
-    e2e("e2e-test-images/glibc-dns-testing", "2.0.0", dns_testing),
-    e2e("e2e-test-images/ipc-utils", "1.4", ipc_utils),
+    recipe("e2e-test-images/nonewprivs", "1.4", nonewprivs),
+    recipe("e2e-test-images/nonroot", "1.5", nonroot),
+    recipe("e2e-test-images/glibc-dns-testing", "2.0.0", dns_testing),
+    recipe("e2e-test-images/ipc-utils", "1.4", ipc_utils),
 ];
 
-/// What a node needs to run its own control plane.
-pub(super) const CONTROL_PLANE: &[Recipe] = &[
-    e2e("etcd", "lab", |_, s| {
-        control_plane(s, "etcd", &go::etcd()?.join("etcd"))
-    }),
-    e2e("kube-apiserver", "lab", |_, s| {
-        let program = go::kubernetes()?.join("kube-apiserver");
-        control_plane(s, "kube-apiserver", &program)
-    }),
+/// What single specs of the upstream suite pull besides.
+pub(super) const SUITE: &[Recipe] = &[
+    recipe("etcd", "3.6.8-0", cluster::suite_etcd),
+    recipe("e2e-test-images/sample-apiserver", "1.29.2", cluster::sample_apiserver),
 ];
 
 const BUSYBOX_PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
@@ -80,7 +81,7 @@ const BUSYBOX_GROUP: &str =
 
 /// A program of the cache as an input: its directory is named by what it was built from, which
 /// saves hashing it.
-fn built<'a>(inputs: &'a mut Inputs, program: &Path) -> &'a mut Inputs {
+pub(super) fn built<'a>(inputs: &'a mut Inputs, program: &Path) -> &'a mut Inputs {
     let dir = program
         .parent()
         .and_then(Path::file_name)
@@ -372,25 +373,6 @@ fn nonewprivs(cache: &Path, store: &Store) -> Result<Image> {
         ..Run::default()
     };
     Ok(image(vec![busybox_layer(cache, store)?, layer], &run))
-}
-
-/// One static program and nothing else, as the project's own images.
-fn control_plane(store: &Store, name: &'static str, program: &Path) -> Result<Image> {
-    let mut inputs = Inputs::default();
-    built(&mut inputs, program).word(name);
-    let layer = store.layer(name, inputs, |layer| {
-        for dir in ["usr", "usr/local", "usr/local/bin"] {
-            layer.dir(dir, 0o755);
-        }
-        layer.file(&format!("usr/local/bin/{name}"), 0o755, fs::read(program)?);
-        Ok(())
-    })?;
-    let run = Run {
-        working_dir: "/",
-        version: name,
-        ..Run::default()
-    };
-    Ok(image(vec![layer], &run))
 }
 
 fn dns_testing(cache: &Path, store: &Store) -> Result<Image> {

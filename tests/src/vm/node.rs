@@ -61,7 +61,8 @@ fn joined(image: &Image, may_install: bool, programs: Option<Programs>) -> Resul
         kind: NodeKind::Ferrule,
         may_install,
         agents: false,
-        services: false,
+        addons: cluster::Addons::NONE,
+        family: None,
         sample: false,
         profile: ours::TEST_PROFILE.to_owned(),
     })?;
@@ -257,7 +258,7 @@ impl Guest {
     /// # Errors
     /// When the machine or the kernel refuses.
     pub(super) fn join_network(&mut self, pod_network: &str) -> Result<()> {
-        let configuration = ferrule::network_configuration(pod_network).replace('\n', " ");
+        let configuration = ferrule::network_configuration(&[pod_network.to_owned()]).replace('\n', " ");
         let file = "/etc/cni/net.d/10-ferrule.conflist";
         self.machine.stdout(&format!(
             "mkdir -p /etc/cni/net.d && printf '%s' '{configuration}' >{file}.new && mv {file}.new {file}"
