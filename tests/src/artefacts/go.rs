@@ -161,7 +161,12 @@ pub fn coredns() -> Result<PathBuf> {
         test: false,
         cgo: false,
     };
-    ensure("coredns", "CoreDNS (about 3 min the first time)", &[build], |_| Ok(()))
+    ensure(
+        "coredns",
+        "CoreDNS (about 3 min the first time)",
+        &[build],
+        |_| Ok(()),
+    )
 }
 
 /// Directory with `sample-apiserver`, the aggregated server of the upstream suite's test image.

@@ -74,7 +74,8 @@ fn measure(name: &str, kind: NodeKind, changes: u32, options: &LifeOptions) -> R
         kind,
         may_install: options.may_install,
         agents: true,
-        services: false,
+        addons: cluster::Addons::NONE,
+        family: None,
         sample: false,
         profile: options.profile.clone(),
     })?;

@@ -84,8 +84,12 @@ impl Addons {
     };
 }
 
-/// Hands kube-proxy to the cluster, before there is a node to run it.
+/// Makes what the add-ons are made of, and hands kube-proxy to the cluster, before there is a node
+/// to run it.
 pub(super) fn begin(lab: &mut Lab, wanted: Addons) -> Result<()> {
+    if wanted.dns {
+        images::ensure_dns(&lab.layout.registry(), &paths::cache()?)?;
+    }
     if !wanted.proxy {
         return Ok(());
     }

@@ -73,8 +73,10 @@ pub fn start(lab: &mut Lab, node: &NodeContext) -> Result<()> {
 }
 
 /// The network configuration, once the controller manager has given the node its pods' networks.
+/// Pods see each other's own addresses: `cluster`, the networks of all pods, is not masqueraded.
 #[must_use]
-pub fn network_configuration(pod_networks: &[String]) -> String {
+pub fn network_configuration(cluster: &str, pod_networks: &[String]) -> String {
+    let cluster: Vec<&str> = cluster.split(',').collect();
     format!(
         r#"{{
   "cniVersion": "1.1.0",
@@ -85,6 +87,7 @@ pub fn network_configuration(pod_networks: &[String]) -> String {
       "bridge": "cni0",
       "isGateway": true,
       "ipMasq": true,
+      "ipMasqExcept": {cluster},
       "hairpinMode": true,
       "capabilities": {{"portMappings": true}},
       "ipam": {ipam}
@@ -92,13 +95,17 @@ pub fn network_configuration(pod_networks: &[String]) -> String {
   ]
 }}
 "#,
+        cluster = json!(cluster),
         ipam = addresses(pod_networks),
     )
 }
 
 /// An address of each network, and a way out for each family.
 pub(super) fn addresses(pod_networks: &[String]) -> serde_json::Value {
-    let ranges: Vec<_> = pod_networks.iter().map(|net| json!([{"subnet": net}])).collect();
+    let ranges: Vec<_> = pod_networks
+        .iter()
+        .map(|net| json!([{"subnet": net}]))
+        .collect();
     let routes = pod_networks.iter().map(|net| match net.contains(':') {
         true => json!({"dst": "::/0"}),
         false => json!({"dst": "0.0.0.0/0"}),

@@ -432,7 +432,10 @@ fn join_network(lab: &mut Lab, name: &str) -> Result<()> {
     };
     record.pod_networks.clone_from(&pod_networks);
     let configuration = match record.kind {
-        NodeKind::Ferrule => ferrule::network_configuration(&pod_networks),
+        NodeKind::Ferrule => {
+            let cluster = lab.layout.pod_networks(lab.state.family);
+            ferrule::network_configuration(&cluster, &pod_networks)
+        }
         NodeKind::Stock => stock::network_configuration(&pod_networks),
     };
     lab.save()?;

@@ -114,9 +114,15 @@ pub fn ensure_node(layout: &Layout, number: usize, holder: i32, family: Family) 
     ip_in(holder, &["route", "replace", "default", "via", &gateway])?;
     if family == Family::Dual {
         let address = format!("{}/64", layout.node_address6(number));
-        ip_in(holder, &["address", "replace", &address, "dev", "eth0", "nodad"])?;
+        ip_in(
+            holder,
+            &["address", "replace", &address, "dev", "eth0", "nodad"],
+        )?;
         let gateway = layout.control_address6().to_string();
-        ip_in(holder, &["-6", "route", "replace", "default", "via", &gateway])?;
+        ip_in(
+            holder,
+            &["-6", "route", "replace", "default", "via", &gateway],
+        )?;
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
 //! Images of the cluster's own parts: the control plane, for a node that runs its own, and what
 //! every cluster runs as pods. One static program each, as in the project's own images.
 
+use super::debian;
 use super::layer::Layer;
 use super::layout::{Image, Run, Store, image};
 use super::recipes::{Recipe, built, recipe};
-use super::debian;
 use crate::artefacts::cache::Inputs;
 use crate::artefacts::go;
 use anyhow::Result;
@@ -17,7 +17,11 @@ pub(super) const CONTROL_PLANE: &[Recipe] = &[
         program(s, "etcd", &go::etcd()?.join("etcd"))
     }),
     recipe("kube-apiserver", "lab", |_, s| {
-        program(s, "kube-apiserver", &go::kubernetes()?.join("kube-apiserver"))
+        program(
+            s,
+            "kube-apiserver",
+            &go::kubernetes()?.join("kube-apiserver"),
+        )
     }),
 ];
 

@@ -68,7 +68,11 @@ pub(super) const ALL: &[Recipe] = &[
 /// What single specs of the upstream suite pull besides.
 pub(super) const SUITE: &[Recipe] = &[
     recipe("etcd", "3.6.8-0", cluster::suite_etcd),
-    recipe("e2e-test-images/sample-apiserver", "1.29.2", cluster::sample_apiserver),
+    recipe(
+        "e2e-test-images/sample-apiserver",
+        "1.29.2",
+        cluster::sample_apiserver,
+    ),
 ];
 
 const BUSYBOX_PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\

@@ -258,7 +258,9 @@ impl Guest {
     /// # Errors
     /// When the machine or the kernel refuses.
     pub(super) fn join_network(&mut self, pod_network: &str) -> Result<()> {
-        let configuration = ferrule::network_configuration(&[pod_network.to_owned()]).replace('\n', " ");
+        let cluster = self.lab.layout.pod_network();
+        let configuration = ferrule::network_configuration(&cluster, &[pod_network.to_owned()]);
+        let configuration = configuration.replace('\n', " ");
         let file = "/etc/cni/net.d/10-ferrule.conflist";
         self.machine.stdout(&format!(
             "mkdir -p /etc/cni/net.d && printf '%s' '{configuration}' >{file}.new && mv {file}.new {file}"
