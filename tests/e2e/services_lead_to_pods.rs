@@ -264,12 +264,10 @@ spec: {selector: {app: web, own: 'yes'}, ports: [{port: 80, targetPort: 8080}]}
         self.scenario
             .kubectl(&["label", "--overwrite", "pod", &server.pod, "own=yes"])?;
         self.scenario.apply(own)?;
-        let url = format!(
-            "http://{}/",
-            text(&self.field("own", "")?, "/spec/clusterIP")
-        );
+        let address = text(&self.field("own", "")?, "/spec/clusterIP");
+        let ask = format!(r"printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 5 {address} 80 | tail -n 1");
         let reach = || {
-            let page = self.run(server, &["wget", "-q", "-T", "5", "-O", "-", &url])?;
+            let page = self.run(server, &["sh", "-c", &ask])?;
             ensure!(page == server.pod, "own: {page}");
             Ok(())
         };
