@@ -174,12 +174,27 @@ pub fn read_in_root(root: &Path, path: &Path, limit: usize) -> Result<Vec<u8>, F
     read_limited(std::fs::File::from(fd), &full, limit)
 }
 
-/// Reads a whole file of our own, refusing one longer than `limit` bytes.
+/// Reads a whole file of our own, refusing one longer than `limit` bytes, and anything that is no
+/// regular file: whoever opens a FIFO waits for its other end.
 ///
 /// # Errors
 /// [`FsError::Io`] (not found included), or [`FsError::TooLong`].
 pub fn read_file(path: &Path, limit: usize) -> Result<Vec<u8>, FsError> {
-    let file = std::fs::File::open(path).map_err(|e| FsError::io("open", path, e))?;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::File::options();
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = options
+        .open(path)
+        .map_err(|e| FsError::io("open", path, e))?;
+    let metadata = file
+        .metadata()
+        .map_err(|e| FsError::io("inspect", path, e))?;
+    if metadata.is_dir() {
+        return Err(FsError::io("read", path, Errno::ISDIR));
+    }
+    if !metadata.is_file() {
+        return Err(FsError::io("read", path, Errno::INVAL));
+    }
     read_limited(file, path, limit)
 }
 

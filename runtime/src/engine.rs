@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::{oneshot, watch};
 
+const LOCK_RETRY: std::time::Duration = std::time::Duration::from_millis(50);
 /// How long an engine that is ending may keep its directories.
 const LOCK_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
 
@@ -277,18 +278,29 @@ impl Engine {
 async fn take_lock(config: &EngineConfig) -> Result<std::fs::File> {
     linux::fs::create_dirs(&config.root, 0o711)?;
     let path = config.root.join("engine.lock");
-    let shown = path.display().to_string();
-    let locked = blocking(move || {
-        let file = std::fs::File::create(&path).map_err(|e| system(&e))?;
-        file.lock().map_err(|e| system(&e))?;
-        Ok(file)
-    });
-    match tokio::time::timeout(LOCK_LIMIT, locked).await {
-        Ok(outcome) => outcome,
-        Err(_) => {
-            let message = format!("{shown} is held by another engine");
-            Err(error(RuntimeErrorKind::Conflict, message))
+    let file = std::fs::File::create(&path).map_err(|e| system(&e))?;
+    let limit = tokio::time::Instant::now() + LOCK_LIMIT;
+    let mut told = false;
+    // Asked again and again: a thread that waits for a lock could not be ended.
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(std::fs::TryLockError::Error(e)) => return Err(system(&e)),
+            Err(std::fs::TryLockError::WouldBlock) => {}
         }
+        if tokio::time::Instant::now() >= limit {
+            let message = format!(
+                "{} is held by another agent: stop it, or give this one a runtime root of its own",
+                path.display()
+            );
+            return Err(error(RuntimeErrorKind::Conflict, message));
+        }
+        if !told {
+            let (lock, limit_s) = (path.display(), LOCK_LIMIT.as_secs());
+            tracing::warn!(%lock, limit_s, "another agent holds the state, waiting for its end");
+            told = true;
+        }
+        tokio::time::sleep(LOCK_RETRY).await;
     }
 }
 

@@ -23,10 +23,11 @@ const CONNECTS: usize = 32;
 /// Does it all.
 pub(crate) async fn recover(inner: &Arc<Inner>) -> Result<()> {
     load_sandboxes(inner).await?;
-    load_containers(inner).await?;
+    let damaged = load_containers(inner).await?;
     let snapshots = reach_shims(inner).await;
     settle_containers(inner, &snapshots).await;
     settle_sandboxes(inner, &snapshots).await;
+    remove_damaged(inner, damaged).await;
     remove_strays(inner).await;
     let with_inner = Arc::clone(inner);
     // Plugins take their time; pods need not wait for the collection.
@@ -54,9 +55,11 @@ async fn load_sandboxes(inner: &Arc<Inner>) -> Result<()> {
     Ok(())
 }
 
-async fn load_containers(inner: &Arc<Inner>) -> Result<()> {
+/// Returns the containers whose records cannot be read.
+async fn load_containers(inner: &Arc<Inner>) -> Result<Vec<ContainerId>> {
     let config = inner.config.clone();
     let found = blocking(move || container_store::load_all(&config)).await?;
+    let mut damaged = Vec::new();
     for entry in found {
         match entry {
             container_store::Found::Record(record) => {
@@ -71,10 +74,33 @@ async fn load_containers(inner: &Arc<Inner>) -> Result<()> {
                 let gone = blocking(move || container_store::delete(&config, &id)).await;
                 report("remains of a container", gone);
             }
+            container_store::Found::Damaged(id, why) => {
+                tracing::warn!(container = %id, why, "the record of a container is damaged");
+                damaged.push(id);
+            }
             container_store::Found::Foreign(why) => tracing::warn!(why, "left alone"),
         }
     }
-    Ok(())
+    Ok(damaged)
+}
+
+/// Files of containers that nobody can tell anything about any more. Their processes were ended
+/// with what shims run without a record.
+async fn remove_damaged(inner: &Arc<Inner>, damaged: Vec<ContainerId>) {
+    for id in damaged {
+        let with_inner = Arc::clone(inner);
+        let gone = blocking(move || {
+            // Its place was in the record; the name is its id, whoever the pod was.
+            for cgroup in cgroups_of_ids(&with_inner, "/") {
+                if cgroup.rsplit('/').next() == Some(id.as_str()) {
+                    with_inner.cgroups.kill(&cgroup)?;
+                    with_inner.cgroups.remove(&cgroup)?;
+                }
+            }
+            container_store::delete(&with_inner.config, &id)
+        });
+        report("a container with a damaged record", gone.await);
+    }
 }
 
 fn load_container(inner: &Inner, record: ContainerRecord, sandbox: Arc<Sandbox>) {
@@ -133,7 +159,9 @@ async fn reach_shim(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Option<Snapsh
     let snapshot = match sandbox::shim::connect(inner, sandbox).await {
         Ok(snapshot) => snapshot,
         Err(e) => {
-            tracing::info!(sandbox = %sandbox.id, error = %e, "no shim answers");
+            tracing::warn!(sandbox = %sandbox.id, error = %e, "no shim answers");
+            // It lives and cannot be asked: nobody may run on while its pod is begun anew.
+            sandbox::shim::kill(sandbox).await;
             return None;
         }
     };
@@ -350,7 +378,9 @@ pub(crate) fn audit(inner: &Inner) -> Vec<String> {
         .flatten()
     {
         match entry {
-            container_store::Found::Foreign(why) => found.push(why),
+            container_store::Found::Damaged(_, why) | container_store::Found::Foreign(why) => {
+                found.push(why);
+            }
             container_store::Found::Empty(id) => {
                 found.push(format!("container {id} without record"));
             }
@@ -361,7 +391,7 @@ pub(crate) fn audit(inner: &Inner) -> Vec<String> {
             }
         }
     }
-    found.extend(stray_cgroups(inner, "/"));
+    found.extend(stray_cgroups(inner));
     if let Err(e) = linux::mountinfo::read() {
         found.push(format!("mount table unreadable: {}", chain(&e)));
     }
@@ -369,7 +399,19 @@ pub(crate) fn audit(inner: &Inner) -> Vec<String> {
 }
 
 /// Cgroups named like containers of ours that are none.
-fn stray_cgroups(inner: &Inner, path: &str) -> Vec<String> {
+fn stray_cgroups(inner: &Inner) -> Vec<String> {
+    let unknown = |cgroup: &String| {
+        let name = cgroup.rsplit('/').next().unwrap_or_default();
+        inner.container(&name.into()).is_err() && inner.sandbox(&name.into()).is_err()
+    };
+    let strays = cgroups_of_ids(inner, "/").into_iter().filter(unknown);
+    strays
+        .map(|cgroup| format!("cgroup {cgroup} of no known container"))
+        .collect()
+}
+
+/// Cgroups named by an id of ours, below a path.
+fn cgroups_of_ids(inner: &Inner, path: &str) -> Vec<String> {
     /// kubepods / class / pod / container.
     const DEPTH: usize = 5;
     if path.matches('/').count() > DEPTH {
@@ -378,14 +420,10 @@ fn stray_cgroups(inner: &Inner, path: &str) -> Vec<String> {
     let mut found = Vec::new();
     for child in inner.cgroups.children(path) {
         let below = format!("{}/{child}", path.trim_end_matches('/'));
-        if !sandbox_store::is_id(&child) {
-            found.extend(stray_cgroups(inner, &below));
-            continue;
-        }
-        let known = inner.container(&child.as_str().into()).is_ok()
-            || inner.sandbox(&child.as_str().into()).is_ok();
-        if !known {
-            found.push(format!("cgroup {below} of no known container"));
+        if sandbox_store::is_id(&child) {
+            found.push(below);
+        } else {
+            found.extend(cgroups_of_ids(inner, &below));
         }
     }
     found

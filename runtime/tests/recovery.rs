@@ -79,6 +79,65 @@ async fn a_shim_killed_while_nobody_looked_is_noticed() {
     );
 }
 
+#[tokio::test]
+async fn a_shim_that_cannot_be_asked_is_ended_before_its_pod_begins_anew() {
+    let node = Node::new();
+    let engine = node.open().await;
+    let (sandbox, id) = start(&engine, &node, "u1", script("main", "exec sleep 1000")).await;
+    let shim = engine.list_sandboxes()[0].shim_pid;
+    let shim = linux::process::pidfd::PidFd::open(shim).unwrap();
+    drop(engine);
+    let socket = node
+        .config
+        .run_dir
+        .join("shim")
+        .join(format!("{sandbox}.sock"));
+    std::fs::remove_file(socket).unwrap();
+    let engine = node.open().await;
+    assert!(shim.has_exited().unwrap());
+    assert_eq!(exit(&engine, &id).await.1, "ContainerStatusUnknown");
+    assert!(node.processes().is_empty());
+    engine.remove_sandbox(&sandbox).await.unwrap();
+    assert_eq!(node.run_files() + node.container_files(), 0);
+}
+
+#[tokio::test]
+async fn a_container_whose_record_is_damaged_is_ended_and_removed() {
+    let node = Node::new();
+    let engine = node.open().await;
+    let damages: [fn(&std::path::Path); 3] = [
+        |record| std::fs::write(record, "").unwrap(),
+        |record| std::fs::write(record, "{\"version\":1,").unwrap(),
+        // Who opens it waits for a writer.
+        |record| {
+            std::fs::remove_file(record).unwrap();
+            let mode = rustix::fs::Mode::from_raw_mode(0o600);
+            let kind = rustix::fs::FileType::Fifo;
+            rustix::fs::mknodat(rustix::fs::CWD, record, kind, mode, 0).unwrap();
+        },
+    ];
+    let mut records = Vec::new();
+    for uid in ["empty", "torn", "fifo"] {
+        let (sandbox, id) = start(&engine, &node, uid, script("main", "exec sleep 1000")).await;
+        let dir = node.config.root.join("containers").join(id.as_str());
+        records.push((id, sandbox, dir.join("container.json")));
+    }
+    drop(engine);
+    for (damage, (_, _, record)) in damages.iter().zip(&records) {
+        damage(record);
+    }
+    let engine = node.open().await;
+    for (id, ..) in &records {
+        assert!(engine.container_status(id).is_none());
+    }
+    assert_eq!(node.container_files(), 0);
+    assert_eq!(engine.audit(), Vec::<String>::new());
+    for (_, sandbox, _) in &records {
+        engine.remove_sandbox(sandbox).await.unwrap();
+    }
+    assert!(node.processes().is_empty());
+}
+
 /// Rewrites one word of a record, as if the engine had died at that point.
 fn set_phase(path: &std::path::Path, phase: serde_json::Value) {
     let text = std::fs::read(path).unwrap();

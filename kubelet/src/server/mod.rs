@@ -43,6 +43,8 @@ const MAX_CONNECTIONS: usize = 1024;
 /// Time for a TLS handshake, and for a request's headers.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(32);
+/// Headers of one request; their bytes are bounded by the read buffer.
+const MAX_HEADERS: usize = 1000;
 
 /// What the server needs.
 pub struct Server<R> {
@@ -177,18 +179,13 @@ async fn connection<R: RuntimeService + ImageService>(
     server: Arc<Server<R>>,
     tls: &tls::ReloadingServer,
 ) {
-    let Some(config) = tls.get() else { return };
+    let Some(serving) = tls.get() else { return };
     let _ = stream.set_nodelay(true);
-    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::clone(&*config));
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::clone(&serving.config));
     let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await;
     let Ok(Ok(stream)) = handshake else { return };
-    let peer = stream
-        .get_ref()
-        .1
-        .peer_certificates()
-        .and_then(<[_]>::first)
-        .and_then(holder);
-    let peer = Arc::new(peer);
+    let shown = stream.get_ref().1.peer_certificates();
+    let peer = Arc::new(serving.believed(shown).and_then(holder));
     let service = service_fn(move |request| {
         let (server, peer) = (Arc::clone(&server), Arc::clone(&peer));
         async move {
@@ -199,6 +196,7 @@ async fn connection<R: RuntimeService + ImageService>(
     builder
         .http1()
         .timer(TokioTimer::new())
+        .max_headers(MAX_HEADERS)
         .header_read_timeout(HEADER_TIMEOUT);
     builder
         .http2()

@@ -205,14 +205,17 @@ async fn pod(dir: &Path) -> (Arc<FakeRuntime>, PodIndex) {
 
 /// Connects as the holder of a certificate for `user`, or as nobody.
 pub(super) async fn connect(node: &Node, user: Option<&str>) -> TlsStream<TcpStream> {
+    connect_by(node, user.map(|user| node.ca.sign(user, &[]))).await
+}
+
+async fn connect_by(node: &Node, identity: Option<(String, String)>) -> TlsStream<TcpStream> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(crate::api::tls::roots(node.ca.pem.as_bytes()).unwrap());
-    let config = match user {
-        Some(user) => {
-            let (cert, key) = node.ca.sign(user, &[]);
+    let config = match identity {
+        Some((cert, key)) => {
             let cert = CertificateDer::from_pem_slice(cert.as_bytes()).unwrap();
             let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
             builder.with_client_auth_cert(vec![cert], key).unwrap()
@@ -234,7 +237,11 @@ pub(super) async fn connect(node: &Node, user: Option<&str>) -> TlsStream<TcpStr
 }
 
 async fn get(node: &Node, user: Option<&str>, bearer: Option<&str>, path: &str) -> (u16, String) {
-    let io = TokioIo::new(connect(node, user).await);
+    get_over(connect(node, user).await, bearer, path).await
+}
+
+async fn get_over(stream: TlsStream<TcpStream>, bearer: Option<&str>, path: &str) -> (u16, String) {
+    let io = TokioIo::new(stream);
     let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
     tokio::spawn(connection);
     let mut request = Request::get(path).header("host", "node");
@@ -278,6 +285,16 @@ async fn only_known_and_allowed_clients_are_served() {
             .1
             .contains("kubeletconfig")
     );
+}
+
+#[tokio::test]
+async fn a_certificate_of_strangers_is_no_identity_and_no_hindrance_to_a_token() {
+    let node = node().await;
+    let stranger = Authority::new().sign("admin", &[]);
+    let stream = connect_by(&node, Some(stranger.clone())).await;
+    assert_eq!(get_over(stream, None, "/pods").await.0, 401);
+    let stream = connect_by(&node, Some(stranger)).await;
+    assert_eq!(get_over(stream, Some("good"), "/healthz").await.0, 200);
 }
 
 #[tokio::test]

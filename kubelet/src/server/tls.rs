@@ -8,16 +8,96 @@ use crate::api::reload::{PemSource, Reloading};
 use crate::api::tls::{identity, roots};
 use crate::config::Config;
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, KeyPair};
-use rustls::ServerConfig;
+use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::SingleCertAndKey;
+use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The newest server configuration.
-pub type ReloadingServer = Reloading<Arc<ServerConfig>>;
+pub type ReloadingServer = Reloading<Arc<Serving>>;
+
+/// How connections are served, and whose certificates are believed.
+#[derive(Debug)]
+pub struct Serving {
+    /// For the handshake.
+    pub config: Arc<ServerConfig>,
+    clients: Option<Arc<dyn ClientCertVerifier>>,
+}
+
+impl Serving {
+    /// The client's certificate, if one of the client CAs vouches for it now. Whoever shows
+    /// another one is a stranger, who may still have a token.
+    pub fn believed<'a>(
+        &self,
+        chain: Option<&'a [CertificateDer<'static>]>,
+    ) -> Option<&'a CertificateDer<'static>> {
+        let (first, rest) = chain?.split_first()?;
+        let now = UnixTime::now();
+        match self.clients.as_ref()?.verify_client_cert(first, rest, now) {
+            Ok(_) => Some(first),
+            Err(error) => {
+                tracing::debug!(%error, "A client certificate is not believed");
+                None
+            }
+        }
+    }
+}
+
+/// Lets every client certificate through the handshake whose key the client holds, as the stock
+/// kubelet does: a certificate of a stranger is no reason to hang up on somebody with a token.
+#[derive(Debug)]
+struct AnyHolder(Arc<dyn ClientCertVerifier>);
+
+impl ClientCertVerifier for AnyHolder {
+    fn offer_client_auth(&self) -> bool {
+        true
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.0.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls12_signature(message, cert, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls13_signature(message, cert, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_verify_schemes()
+    }
+}
 
 /// Sets up serving; makes a self-signed certificate when none is configured.
 ///
@@ -57,7 +137,7 @@ fn server_config(
     client_ca: Option<&[u8]>,
     only_13: bool,
     provider: &Arc<CryptoProvider>,
-) -> Result<ServerConfig, String> {
+) -> Result<Serving, String> {
     let identity = identity(chain, key, provider)?;
     let versions: &[&rustls::SupportedProtocolVersion] = if only_13 {
         &[&rustls::version::TLS13]
@@ -67,14 +147,19 @@ fn server_config(
     let builder = ServerConfig::builder_with_provider(Arc::clone(provider))
         .with_protocol_versions(versions)
         .map_err(|e| e.to_string())?;
-    let builder = match client_ca {
+    let clients = match client_ca {
         Some(bundle) => {
             let roots = Arc::new(roots(bundle)?);
             let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(provider))
-                .allow_unauthenticated()
                 .build()
                 .map_err(|e| format!("clientCAFile: {e}"))?;
-            builder.with_client_cert_verifier(verifier)
+            Some(verifier)
+        }
+        None => None,
+    };
+    let builder = match &clients {
+        Some(verifier) => {
+            builder.with_client_cert_verifier(Arc::new(AnyHolder(Arc::clone(verifier))))
         }
         None => builder.with_no_client_auth(),
     };
@@ -82,7 +167,10 @@ fn server_config(
     let resolver = Arc::new(SingleCertAndKey::from(key));
     let mut config = builder.with_cert_resolver(resolver);
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(config)
+    Ok(Serving {
+        config: Arc::new(config),
+        clients,
+    })
 }
 
 /// `kubelet.crt` and `kubelet.key` in the certificate directory, made when missing.
@@ -148,7 +236,7 @@ mod tests {
             false,
             &provider,
         );
-        assert_eq!(config.unwrap().alpn_protocols.len(), 2);
+        assert_eq!(config.unwrap().config.alpn_protocols.len(), 2);
         let wrong = server_config(cert.as_bytes(), key.as_bytes(), Some(b"x"), true, &provider);
         assert!(wrong.unwrap_err().contains("CA bundle"));
     }

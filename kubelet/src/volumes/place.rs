@@ -271,9 +271,8 @@ impl Place {
         let record = load(&dir.join(RECORD))?;
         let recorded = |name: &str| match &record {
             Some(Some(record)) => record.tmpfs.iter().any(|n| n == name),
-            // The record is damaged: the mount's own name still proves it ours.
-            Some(None) => true,
-            None => false,
+            // The record is damaged or lost: the mount's own name still proves it ours.
+            Some(None) | None => true,
         };
         let table = linux::mountinfo::read().map_err(|e| fail(e.to_string()))?;
         let above = self.expected(uid, PLUGIN_EMPTY_DIR, "");
@@ -330,9 +329,10 @@ fn load(path: &Path) -> Result<Option<Option<PodRecord>>, VolumeError> {
             }
         },
         Err(error) if error.is_not_found() => Ok(None),
-        Err(error) => Err(VolumeError::Node {
-            message: chain(&error),
-        }),
+        Err(error) => {
+            tracing::warn!(error = chain(&error), "record of volumes cannot be read");
+            Ok(Some(None))
+        }
     }
 }
 

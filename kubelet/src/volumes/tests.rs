@@ -500,6 +500,27 @@ async fn a_damaged_record_stops_nothing() {
 }
 
 #[tokio::test]
+async fn a_lost_record_or_a_directory_in_its_place_keeps_no_volume() {
+    let damages: [fn(&std::path::Path); 2] = [
+        |record| std::fs::remove_file(record).unwrap(),
+        |record| {
+            std::fs::remove_file(record).unwrap();
+            std::fs::create_dir(record).unwrap();
+        },
+    ];
+    for damage in damages {
+        let mut node = Node::new();
+        let pod = with(json!([{"name": "m", "emptyDir": {"medium": "Memory"}}]));
+        node.volumes.prepare(&pod).await.unwrap();
+        damage(&node.dir.path().join("pods/u1/volumes.json"));
+        node.restart();
+        node.volumes.teardown("u1").await.unwrap();
+        assert_eq!(mounts_below(node.dir.path()).len(), 1);
+        assert!(!node.dir.path().join("pods/u1").exists());
+    }
+}
+
+#[tokio::test]
 async fn uids_that_lead_elsewhere_are_refused() {
     let node = Node::new();
     for uid in ["", ".", "..", "../x", "a/b"] {

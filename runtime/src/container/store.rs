@@ -93,6 +93,8 @@ pub(crate) enum Found {
     Record(Box<ContainerRecord>),
     /// The directory is ours and its record was never written or already deleted.
     Empty(ContainerId),
+    /// The directory is ours and its record cannot be read; why.
+    Damaged(ContainerId, String),
     /// Something else; why.
     Foreign(String),
 }
@@ -110,11 +112,16 @@ pub(crate) fn load_all(config: &EngineConfig) -> Result<Vec<Found>> {
         let file = path.join("container.json");
         all.push(match read_file(&file, MAX_RECORD_BYTES) {
             Err(e) if e.is_not_found() => Found::Empty(ContainerId(name)),
-            Err(e) => Found::Foreign(crate::error::chain(&e)),
+            Err(e) => Found::Damaged(ContainerId(name), crate::error::chain(&e)),
             Ok(text) => match serde_json::from_slice::<ContainerRecord>(&text) {
                 Ok(record) if record.id.0 == name => Found::Record(Box::new(record)),
-                Ok(_) => Found::Foreign(format!("{} names another id", file.display())),
-                Err(e) => Found::Foreign(format!("read {}: {e}", file.display())),
+                Ok(_) => {
+                    let why = format!("{} names another id", file.display());
+                    Found::Damaged(ContainerId(name), why)
+                }
+                Err(e) => {
+                    Found::Damaged(ContainerId(name), format!("read {}: {e}", file.display()))
+                }
             },
         });
     }

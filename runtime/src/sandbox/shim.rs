@@ -129,7 +129,7 @@ pub(crate) async fn lost(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) {
 }
 
 /// Ends the shim's process if it is still there.
-async fn kill(sandbox: &Sandbox) {
+pub(crate) async fn kill(sandbox: &Sandbox) {
     let Some(shim) = sandbox.with(|r| r.shim).filter(|s| is_alive(*s)) else {
         return;
     };
