@@ -93,9 +93,13 @@ fn make(conf: &BridgeConf, gateways: &[IpNet], rtnl: &mut Rtnl) -> Result<Link, 
     };
     rtnl.apply(&[Change::AddBridge(spec)])
         .map_err(|e| kernel(&e))?;
-    // Routers beyond the bridge are not the node's. Without IPv6 there is no such parameter.
-    let _ = Sysctl::of(&["net", "ipv6", "conf", &conf.bridge, "accept_ra"])
-        .and_then(|accept| accept.ensure("0"));
+    // Routers beyond the bridge are not the node's. And nobody else can have the bridge's own
+    // address: while it is being looked for (a second or two) the node could not ask for the
+    // pods' hardware addresses. Without IPv6 there are no such parameters.
+    for parameter in ["accept_ra", "accept_dad"] {
+        let _ = Sysctl::of(&["net", "ipv6", "conf", &conf.bridge, parameter])
+            .and_then(|parameter| parameter.ensure("0"));
+    }
     let made = rtnl.link_by_name(&conf.bridge).map_err(|e| kernel(&e))?;
     made.ok_or_else(|| {
         let msg = format!("bridge {} vanished while it was made", conf.bridge);

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::firewall::Forward;
 use crate::ipam::Owner;
-use crate::state::{boot_id, read_checked, remove_if_there, write_checked};
+use crate::state::{STAGED, boot_id, read_checked, remove_if_there, write_checked};
 
 /// What an attachment has in the kernel besides its links.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -216,7 +216,11 @@ impl Records {
         let now = boot_id()?;
         let mut found: Vec<(u64, Record)> = Vec::new();
         for entry in entries {
-            let path = entry?.path();
+            let entry = entry?;
+            if entry.file_name() == STAGED {
+                continue;
+            }
+            let path = entry.path();
             match read_checked::<RecordFile>(&path).filter(|file| file.boot_id == now) {
                 Some(file) => found.push((file.written, file.record)),
                 None => remove_if_there(&path)?,
@@ -229,7 +233,10 @@ impl Records {
     /// Whether there is any record at all: one question, however many there are.
     #[must_use]
     pub fn any(&self) -> bool {
-        fs::read_dir(self.dir.join("rules")).is_ok_and(|mut entries| entries.next().is_some())
+        let Ok(entries) = fs::read_dir(self.dir.join("rules")) else {
+            return false;
+        };
+        entries.flatten().any(|entry| entry.file_name() != STAGED)
     }
 }
 

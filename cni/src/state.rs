@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use linux::failpoint;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -18,21 +19,28 @@ pub(crate) fn boot_id() -> io::Result<String> {
 
 /// Removes a file; none there is success.
 pub(crate) fn remove_if_there(path: &Path) -> io::Result<()> {
+    failpoint::step();
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         Ok(()) | Err(_) => Ok(()),
     }
 }
 
+/// What a killed writer leaves behind; the next one overwrites it.
+pub(crate) const STAGED: &str = ".staged";
+
 /// Puts a value in place whole or not at all.
 pub(crate) fn write_checked<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
     let body = serde_json::to_string(value)?;
-    let staged = path.with_file_name(".staged");
+    let staged = path.with_file_name(STAGED);
     fs::write(
         &staged,
         format!("{:016x}\n{body}", checksum(body.as_bytes())),
     )?;
-    fs::rename(staged, path)
+    failpoint::step();
+    fs::rename(staged, path)?;
+    failpoint::step();
+    Ok(())
 }
 
 /// None for whatever is not there whole.

@@ -8,6 +8,7 @@ pub mod command;
 pub mod conntrack;
 pub mod diskusage;
 pub mod event;
+pub mod failpoint;
 pub mod fdpass;
 pub mod fs;
 pub mod mount;

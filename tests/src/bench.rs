@@ -1,6 +1,7 @@
 //! `cargo xtask bench pods`: the same outside measurement of our node and of the stock one, one
 //! after the other on this machine, and their ratios.
 
+pub mod cni;
 pub mod life;
 
 use crate::cluster::{self, Lab, NodeKind, UpOptions};

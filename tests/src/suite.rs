@@ -77,6 +77,11 @@ pub fn run(options: &TestOptions) -> Result<Tally> {
             &["--package", "testkit", "--lib"],
             options,
         )?);
+        tally.add(stage(
+            "network plugins beside real peers",
+            &["--package", "testkit", "--test", "netns"],
+            options,
+        )?);
     }
     if options.cluster {
         tally.add(scenarios(options)?);

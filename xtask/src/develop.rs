@@ -79,6 +79,8 @@ enum What {
     /// How soon running pods follow their ConfigMap and their resources, what probes cost, and
     /// how memory grows with pods
     Life(Life),
+    /// ADD and DEL of the network plugin, alone and at once, beside few and many pods
+    Cni(Cni),
 }
 
 /// What our node is compared with.
@@ -161,11 +163,69 @@ fn print_figures(results: &BTreeMap<String, Value>, json: bool) -> Result<ExitCo
     Ok(ExitCode::SUCCESS)
 }
 
+/// What our network plugin is compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Peer {
+    /// containernetworking's bridge, host-local and portmap
+    Reference,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    /// A table for people
+    Table,
+    /// For programs
+    Json,
+}
+
+#[derive(Debug, Args)]
+struct Cni {
+    /// Measure these plugins too
+    #[arg(long, value_enum)]
+    against: Option<Peer>,
+    /// Pods measured one at a time, and again 16 at once
+    #[arg(long, default_value_t = 100)]
+    count: usize,
+    /// Existing pods of the rows with many
+    #[arg(long, default_value_t = 5000)]
+    crowd: usize,
+    /// The same for the reference, which needs minutes to make them
+    #[arg(long, default_value_t = 1000)]
+    reference_crowd: usize,
+    /// Form of the figures
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+    /// Fail instead of installing Debian packages that are missing
+    #[arg(long)]
+    no_install: bool,
+}
+
+impl Cni {
+    fn run(self) -> Result<ExitCode> {
+        let rows = bench::cni::measure(&bench::cni::CniOptions {
+            against_reference: self.against == Some(Peer::Reference),
+            count: self.count,
+            crowd: self.crowd,
+            reference_crowd: self.reference_crowd,
+            may_install: !self.no_install,
+        })?;
+        match self.output {
+            Output::Table => print!("{}", bench::cni::render(&rows)),
+            Output::Json => {
+                let rows = bench::cni::to_json(&rows);
+                println!("{}", serde_json::to_string_pretty(&rows)?);
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
 impl Bench {
     pub(crate) fn run(self) -> Result<ExitCode> {
         match self.what {
             What::Pods(pods) => pods.run(),
             What::Life(life) => life.run(),
+            What::Cni(cni) => cni.run(),
         }
     }
 }

@@ -3,6 +3,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on shall stop")]
 
+mod chains;
+mod filters;
 mod kills;
 mod lab;
+mod limits;
+mod ports;
+mod steps;
+mod storm;
 mod verbs;

@@ -1,59 +1,12 @@
 //! The six verbs of the built plugin against the kernel. Needs root; each test has network
 //! namespaces of its own.
 
-use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd};
-use std::time::Duration;
 
-use crate::lab::{Lab, Pod};
+use crate::lab::{Lab, Pod, error, outside, send};
 use cni::types::SpecVersion;
 use linux::netlink::{AddressSpec, Change, Mac, RouteSpec, Rtnl, VethSpec, new_netns};
 use serde_json::json;
-
-fn error(answer: Result<impl std::fmt::Debug, serde_json::Value>) -> (u64, String) {
-    let error = answer.expect_err("must fail");
-    let details = error["details"].as_str().unwrap_or_default();
-    let text = format!("{}: {details}", error["msg"].as_str().unwrap_or_default());
-    (error["code"].as_u64().unwrap(), text)
-}
-
-/// Sends one datagram from `from` to `to:9` and returns the source address that `at` saw.
-fn send(from: &Pod, at: &std::fs::File, to: &str) -> Option<String> {
-    let listener = linux::netlink::in_netns(at.as_fd(), || {
-        let any = if to.contains(':') {
-            "[::]:9"
-        } else {
-            "0.0.0.0:9"
-        };
-        let socket = UdpSocket::bind(any).unwrap();
-        socket
-            .set_read_timeout(Some(Duration::from_secs(3)))
-            .unwrap();
-        socket
-    })
-    .unwrap();
-    let target = if to.contains(':') {
-        format!("[{to}]:9")
-    } else {
-        format!("{to}:9")
-    };
-    from.run(|| {
-        let any = if to.contains(':') {
-            "[::]:0"
-        } else {
-            "0.0.0.0:0"
-        };
-        UdpSocket::bind(any)
-            .unwrap()
-            .send_to(b"hello", target)
-            .unwrap();
-    });
-    let mut buffer = [0; 16];
-    listener
-        .recv_from(&mut buffer)
-        .ok()
-        .map(|(_, source)| source.ip().to_string())
-}
 
 #[test]
 fn a_pod_reaches_its_gateway_and_another_pod() {
@@ -93,49 +46,14 @@ fn both_families_work_at_once_without_waiting_for_duplicate_detection() {
     lab.check(&one, &first).unwrap();
 }
 
-/// A host beyond the node, at 192.0.2.2, that knows no way back to the pods.
-fn outside(lab: &Lab) -> std::fs::File {
-    let outside = new_netns().unwrap();
-    let mut node = lab.rtnl();
-    node.apply(&[Change::AddVeth(VethSpec {
-        name: "up0".into(),
-        mac: Mac([2, 0, 0, 0, 0, 1]),
-        master: None,
-        mtu_bytes: None,
-        peer_name: "eth0".into(),
-        peer_mac: Mac([2, 0, 0, 0, 0, 2]),
-        peer_netns: outside.as_raw_fd(),
-    })])
-    .unwrap();
-    let address = |rtnl: &mut Rtnl, name: &str, address: &str| {
-        let index = rtnl.link_by_name(name).unwrap().unwrap().index;
-        let address = address.parse().unwrap();
-        let spec = AddressSpec {
-            index,
-            address,
-            prefix_len: 24,
-            detect_duplicates: false,
-        };
-        rtnl.apply(&[Change::SetUp { index, up: true }, Change::AddAddress(spec)])
-            .unwrap();
-    };
-    address(&mut node, "up0", "192.0.2.1");
-    address(
-        &mut Rtnl::open_in(outside.as_fd()).unwrap(),
-        "eth0",
-        "192.0.2.2",
-    );
-    outside
-}
-
 #[test]
 fn what_leaves_the_network_has_the_nodes_address_unless_excepted() {
     let lab = Lab::new();
-    let outside = outside(&lab);
+    let beyond = outside(&lab);
     let pod = Pod::new("one");
     lab.add(&pod).unwrap();
     assert_eq!(
-        send(&pod, &outside, "192.0.2.2").as_deref(),
+        send(&pod, &beyond, "192.0.2.2").as_deref(),
         Some("192.0.2.1")
     );
     // Rules flushed by others come back with the next ADD.
@@ -144,9 +62,9 @@ fn what_leaves_the_network_has_the_nodes_address_unless_excepted() {
     assert_eq!(lab.nft().chains().unwrap().len(), 1);
 
     let lab = Lab::new().with("ipMasqExcept", json!(["192.0.2.0/24"]));
-    let outside = self::outside(&lab);
-    let mut beyond = Rtnl::open_in(outside.as_fd()).unwrap();
-    let index = beyond.link_by_name("eth0").unwrap().unwrap().index;
+    let beyond = outside(&lab);
+    let mut rtnl = Rtnl::open_in(beyond.as_fd()).unwrap();
+    let index = rtnl.link_by_name("eth0").unwrap().unwrap().index;
     let back = RouteSpec {
         destination: "10.88.0.0".parse().unwrap(),
         prefix_len: 24,
@@ -158,11 +76,11 @@ fn what_leaves_the_network_has_the_nodes_address_unless_excepted() {
         table: None,
         scope: None,
     };
-    beyond.apply(&[Change::AddRoute(back)]).unwrap();
+    rtnl.apply(&[Change::AddRoute(back)]).unwrap();
     let pod = Pod::new("one");
     lab.add(&pod).unwrap();
     assert_eq!(
-        send(&pod, &outside, "192.0.2.2").as_deref(),
+        send(&pod, &beyond, "192.0.2.2").as_deref(),
         Some("10.88.0.2")
     );
 }

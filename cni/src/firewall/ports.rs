@@ -340,7 +340,13 @@ fn marking(ports: &HostPorts, family: Family, subnets: &[IpNet]) -> Vec<Vec<Expr
             len: 8,
         });
     }
-    let marked = |source| vec![Expr::Source(Sense::Is, source), mark.clone()];
+    let marked = |source| {
+        vec![
+            Expr::Family(family),
+            Expr::Source(Sense::Is, source),
+            mark.clone(),
+        ]
+    };
     sources.into_iter().map(marked).collect()
 }
 

@@ -61,14 +61,7 @@ pub fn allocate<S: Store>(
                 Some(holder) => return Err(AllocateError::Taken { address, holder }),
                 None => address,
             },
-            None => match queues.next(store, index)? {
-                Some(address) => address,
-                None => {
-                    queues.refill(store, index, &is_gone)?;
-                    let exhausted = || AllocateError::Exhausted(describe(&pool.sets[index]));
-                    queues.next(store, index)?.ok_or_else(exhausted)?
-                }
-            },
+            None => next_free(store, &mut queues, index, &is_gone)?,
         };
         addresses.push(address);
     }
@@ -83,6 +76,23 @@ pub fn allocate<S: Store>(
     }
     queues.save(store)?;
     Ok(lease)
+}
+
+fn next_free<S: Store>(
+    store: &mut S,
+    queues: &mut Queues<'_>,
+    index: usize,
+    is_gone: &impl Fn(&Lease) -> bool,
+) -> Result<IpAddr, AllocateError> {
+    if queues.nearly_full(index) {
+        queues.reap(store, index, is_gone)?;
+    }
+    if let Some(address) = queues.next(store, index)? {
+        return Ok(address);
+    }
+    queues.refill(store, index, is_gone)?;
+    let exhausted = || AllocateError::Exhausted(describe(&queues.pool.sets[index]));
+    queues.next(store, index)?.ok_or_else(exhausted)
 }
 
 /// Takes back what `owner` holds; holding nothing is success. Returns what was freed.
@@ -294,8 +304,20 @@ impl<'a> Queues<'a> {
         Ok(())
     }
 
-    /// The queue ran dry: frees leases of the dead and queues every address nobody holds.
-    fn refill<S: Store>(
+    /// Whether it is time to look for leases of the dead before the set runs dry: when 95 % are in
+    /// use, and even then only now and then, for looking costs the more the more leases there are.
+    fn nearly_full(&self, index: usize) -> bool {
+        const OFTEN: u64 = 4;
+        let positions = u64::from(self.pool.sets[index].positions());
+        let cursor = &self.cursors[index];
+        let fresh = u64::from(cursor.fresh);
+        let waiting = cursor.tail.saturating_sub(cursor.head);
+        let left = positions.saturating_sub(fresh) + waiting;
+        left * 20 <= positions && (fresh + cursor.head) % (positions / 64).max(OFTEN) == 0
+    }
+
+    /// Frees leases of the dead and queues their addresses.
+    fn reap<S: Store>(
         &mut self,
         store: &mut S,
         index: usize,
@@ -306,20 +328,39 @@ impl<'a> Queues<'a> {
                 .addresses
                 .iter()
                 .any(|a| self.pool.set_of(*a) == Some(index));
-            if concerns && is_gone(&lease) {
-                for address in &lease.addresses {
-                    if store.holder(*address)?.as_ref() == Some(&lease.owner) {
-                        store.release(*address)?;
-                    }
-                }
-                store.remove_lease(&lease.owner)?;
+            if !concerns || !is_gone(&lease) {
+                continue;
             }
+            for address in &lease.addresses {
+                if store.holder(*address)?.as_ref() == Some(&lease.owner) {
+                    store.release(*address)?;
+                    self.push(store, *address)?;
+                }
+            }
+            store.remove_lease(&lease.owner)?;
         }
+        Ok(())
+    }
+
+    /// The queue ran dry: frees leases of the dead and queues every address nobody holds.
+    fn refill<S: Store>(
+        &mut self,
+        store: &mut S,
+        index: usize,
+        is_gone: &impl Fn(&Lease) -> bool,
+    ) -> io::Result<()> {
+        self.reap(store, index, is_gone)?;
+        // What was just queued, and what a kill lost on its way to the queue.
         let claimed: HashSet<IpAddr> = store.claimed()?.into_iter().collect();
         let set = &self.pool.sets[index];
         let free = (0..set.positions()).filter_map(|position| set.address(position));
-        for address in free.filter(|address| !claimed.contains(address)) {
-            self.push(store, address)?;
+        let waiting = self.cursors[index]
+            .tail
+            .saturating_sub(self.cursors[index].head);
+        if waiting == 0 {
+            for address in free.filter(|address| !claimed.contains(address)) {
+                self.push(store, address)?;
+            }
         }
         Ok(())
     }

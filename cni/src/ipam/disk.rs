@@ -18,10 +18,11 @@ use std::net::IpAddr;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use linux::failpoint;
 use serde::{Deserialize, Serialize};
 
 use super::{Cursor, Lease, Owner, Store};
-use crate::state::{boot_id, read_checked, remove_if_there, write_checked};
+use crate::state::{STAGED, boot_id, read_checked, remove_if_there, write_checked};
 
 /// Where networks keep their leases unless configured otherwise: on a tmpfs.
 pub const DEFAULT_DIR: &str = "/run/cni/ferrule";
@@ -150,7 +151,10 @@ impl Store for DirStore {
     fn leases(&self) -> io::Result<Vec<Lease>> {
         let mut leases = Vec::new();
         for entry in fs::read_dir(self.dir.join("leases"))? {
-            leases.extend(self.read_lease(&entry?.path()));
+            let entry = entry?;
+            if entry.file_name() != STAGED {
+                leases.extend(self.read_lease(&entry.path()));
+            }
         }
         Ok(leases)
     }
@@ -164,6 +168,7 @@ impl Store for DirStore {
 
     fn claim(&mut self, address: IpAddr, owner: &Owner) -> io::Result<()> {
         let (lease, claim) = (self.lease_path(owner), self.claim_path(address));
+        failpoint::step();
         match fs::hard_link(&lease, &claim) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             other => return other,
@@ -233,6 +238,7 @@ impl Store for DirStore {
             .truncate(false)
             .write(true)
             .open(path)?;
+        failpoint::step();
         file.write_all_at(&position.to_le_bytes(), place.saturating_mul(4))
     }
 }

@@ -166,6 +166,21 @@ fn a_full_pool_takes_from_the_dead_as_a_last_resort() {
 }
 
 #[test]
+fn a_nearly_full_pool_takes_from_the_dead_before_it_runs_dry() {
+    on_both_stores(|store| {
+        let pool = pool(&["10.1.0.0/24"]);
+        for n in 0..245 {
+            store.add(&pool, n, &[]).unwrap();
+        }
+        // All but the last few are in use; pod 7 is gone.
+        for n in 300..304 {
+            store.add_if_gone(&pool, n, 7).unwrap();
+        }
+        assert_eq!(store.used(), 245 + 4 - 1);
+    });
+}
+
+#[test]
 fn a_wanted_address_is_given_once_and_only_from_the_ranges() {
     on_both_stores(|store| {
         let pool = pool(&["10.1.0.0/24"]);

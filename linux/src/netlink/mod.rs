@@ -459,6 +459,7 @@ impl Rtnl {
             Ok(answer) => Ok(TokenBucket::decode(&answer)),
             // No queue at all, or no such link.
             Err(refusal) if refusal.is(libc::ENOENT) || refusal.is(libc::ENODEV) => Ok(None),
+            Err(refusal) if refusal.source.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
             Err(refusal) => Err(refusal.about(&request)),
         }
     }

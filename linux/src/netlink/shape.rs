@@ -4,13 +4,14 @@
 //! Layouts: `include/uapi/linux/pkt_sched.h`, `pkt_cls.h`, `tc_act/tc_mirred.h`.
 
 use super::attribute::{link_header, put, put_nested, put_text, put_u32};
-use super::socket::{Answer, NLM_F_CREATE, NLM_F_EXCL, Request, attribute};
+use super::socket::{Answer, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Request, attribute};
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWQDISC: u16 = 36;
 const RTM_GETQDISC: u16 = 38;
 const RTM_NEWTFILTER: u16 = 44;
 const NLM_F_REPLACE: u16 = 0x100;
+const NLM_F_ECHO: u16 = 0x08;
 
 /// `struct tcmsg`
 const TCMSG_BYTES: usize = 20;
@@ -83,7 +84,9 @@ impl TokenBucket {
     pub(super) fn get(index: u32) -> Request {
         Request {
             kind: RTM_GETQDISC,
-            flags: 0,
+            // A queue is told to those who listen, and to who asks only when he wants an echo;
+            // for some there is nothing to tell, and the acknowledgement is the answer.
+            flags: NLM_F_ECHO | NLM_F_ACK,
             body: tc_header(index, 0, TC_H_ROOT, 0),
             operation: "look up queue of link",
             object: index.to_string(),

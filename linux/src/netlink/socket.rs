@@ -8,6 +8,7 @@ use std::os::fd::BorrowedFd;
 use netlink_sys::{Socket as RawSocket, SocketAddr};
 
 use super::{NetlinkError, in_netns};
+use crate::failpoint;
 
 const HEADER_BYTES: usize = 16;
 const NLMSG_ERROR: u16 = 2;
@@ -118,7 +119,9 @@ impl Socket {
         for request in requests {
             self.put(request, NLM_F_ACK, &mut bytes);
         }
+        failpoint::step();
         self.raw.send(&bytes, 0)?;
+        failpoint::step();
         let mut verdicts: Vec<Option<Result<(), Refusal>>> = Vec::new();
         verdicts.resize_with(requests.len(), || None);
         while verdicts.iter().any(Option::is_none) {
@@ -148,7 +151,9 @@ impl Socket {
             self.put(request, NLM_F_ACK, &mut bytes);
         }
         self.put(envelope.1, 0, &mut bytes);
+        failpoint::step();
         self.raw.send(&bytes, 0)?;
+        failpoint::step();
         let mut done = 0;
         while done < requests.len() {
             for message in messages(&self.receive()?)? {

@@ -264,6 +264,22 @@ pub fn flannel() -> Result<PathBuf> {
     ensure("flannel", "flannel (about 1 min)", &[build], |_| Ok(()))
 }
 
+/// Directory with `cnitool`, the specification's own command.
+///
+/// # Errors
+/// When Go is missing or the build fails.
+pub fn cnitool() -> Result<PathBuf> {
+    let build = GoBuild {
+        module: "peers/cnitool",
+        package: "github.com/containernetworking/cni/cnitool",
+        output: "cnitool",
+        flags: vec!["-ldflags=-s -w".into()],
+        test: false,
+        cgo: false,
+    };
+    ensure("cnitool", "cnitool", &[build], |_| Ok(()))
+}
+
 fn kubernetes_linker_flags() -> String {
     let mut flags = String::from("-ldflags=-s -w");
     let values = [

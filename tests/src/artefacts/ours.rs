@@ -51,6 +51,34 @@ pub fn build(profile: &str) -> Result<Programs> {
     Ok(programs)
 }
 
+/// Builds the network plugins alone, small and static as they are installed, and says where they
+/// are.
+///
+/// # Errors
+/// When cargo fails; the error carries its messages.
+pub fn plugins() -> Result<PathBuf> {
+    let dir = paths::target().join(STATIC_TARGET).join("tiny");
+    if std::env::var_os(NO_BUILD).is_none() {
+        let mut step = Step::begin("build cni-bridge");
+        let args = [
+            "build",
+            "--package",
+            "cni-bridge",
+            "--profile",
+            "tiny",
+            "--target",
+            STATIC_TARGET,
+        ];
+        small(&args, &mut step)?;
+        step.done("");
+    }
+    anyhow::ensure!(
+        dir.join("cni-bridge").is_file(),
+        "cargo built no cni-bridge"
+    );
+    Ok(dir)
+}
+
 /// Where cargo puts what a profile builds.
 fn directory(profile: &str) -> &str {
     match profile {
@@ -88,11 +116,16 @@ fn compile(profile: &str, step: &mut Step) -> Result<()> {
         "--target",
         STATIC_TARGET,
     ];
-    let mut command: Command = command::command(&cargo, &small);
+    self::small(&small, step)
+}
+
+fn small(args: &[&str], step: &mut Step) -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command: Command = command::command(&cargo, args);
     command
-        .current_dir(&workspace)
+        .current_dir(paths::workspace())
         .env("RUSTFLAGS", STATIC_FLAGS);
-    cargo_build(&mut command, step).context("build pod-shim and cni-bridge")
+    cargo_build(&mut command, step).context("build the small programs")
 }
 
 /// Runs cargo, shows what it is at, and prints what it said when it fails. That it waits for
