@@ -138,6 +138,29 @@ async fn a_container_whose_record_is_damaged_is_ended_and_removed() {
     assert!(node.processes().is_empty());
 }
 
+#[tokio::test]
+async fn a_lost_image_record_takes_nothing_from_running_containers() {
+    let node = Node::new();
+    let engine = node.open().await;
+    let (sandbox, id) = start(&engine, &node, "u1", script("main", "exec sleep 1000")).await;
+    drop(engine);
+    let images = node.config.root.join("images");
+    for entry in std::fs::read_dir(&images).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "json") {
+            std::fs::write(path, "garbage").unwrap();
+        }
+    }
+    // Twice: what was kept the first time is kept for the same reason the second.
+    for _ in 0..2 {
+        let engine = node.open().await;
+        let listed = support::run(&engine, &id, "ls /bin/busybox").await;
+        assert_eq!(listed.stdout, b"/bin/busybox\n");
+    }
+    let engine = node.open().await;
+    engine.remove_sandbox(&sandbox).await.unwrap();
+}
+
 /// Rewrites one word of a record, as if the engine had died at that point.
 fn set_phase(path: &std::path::Path, phase: serde_json::Value) {
     let text = std::fs::read(path).unwrap();

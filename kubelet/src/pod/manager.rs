@@ -18,7 +18,7 @@ use crate::events::EventType;
 use crate::metrics::metrics;
 use crate::probes::ProbeUpdate;
 use crate::source::{self, PodChange, Source};
-use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use k8s_openapi::api::core::v1::{Pod, PodSpec, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use runtime::service::{RuntimeEvent, RuntimeEventKind, RuntimeService};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
@@ -35,6 +35,9 @@ mod resize;
 /// How often every worker looks again although nothing happened, and leftovers are looked for.
 /// It only checks: nothing should ever be found.
 const AUDIT: Duration = Duration::from_secs(60);
+
+/// Grace of pods that no source knows.
+const ORPHAN_GRACE_S: i64 = 1;
 
 /// A pod with a worker.
 #[derive(Debug)]
@@ -543,8 +546,14 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
             name: Some(name),
             ..ObjectMeta::default()
         };
+        // What its spec said is gone with it; the stock kubelet grants a second.
+        let spec = PodSpec {
+            termination_grace_period_seconds: Some(ORPHAN_GRACE_S),
+            ..PodSpec::default()
+        };
         let pod = Arc::new(Pod {
             metadata,
+            spec: Some(spec),
             ..Pod::default()
         });
         self.start(Desired {

@@ -13,9 +13,10 @@ use crate::error::system;
 use crate::sandbox::store::is_id;
 use crate::service::{ContainerId, Result};
 use linux::fs::{Durability, ensure_dir, list_dir, read_file, remove_tree, write_atomic};
-use pod_shim::protocol::ExitRecord;
+use pod_shim::protocol::{ExitRecord, MountSource};
+use std::collections::BTreeSet;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A record larger than this was not written by us.
 const MAX_RECORD_BYTES: usize = 16 << 20;
@@ -126,4 +127,31 @@ pub(crate) fn load_all(config: &EngineConfig) -> Result<Vec<Found>> {
         });
     }
     Ok(all)
+}
+
+/// Names of the layers that containers on disk are made of, whether their images are known or
+/// not. A record that cannot be read names none: its container is not run on.
+pub(crate) fn layers_in_use(root: &Path) -> std::io::Result<BTreeSet<String>> {
+    let (containers, layers) = (root.join("containers"), root.join("layers"));
+    let mut found = BTreeSet::new();
+    let names = list_dir(&containers).map_err(std::io::Error::other)?;
+    for name in names {
+        let file = containers.join(name).join("container.json");
+        let Ok(text) = read_file(&file, MAX_RECORD_BYTES) else {
+            continue;
+        };
+        let Ok(record) = serde_json::from_slice::<ContainerRecord>(&text) else {
+            continue;
+        };
+        let mounted = record.launch.mounts.iter().flat_map(|m| match &m.source {
+            MountSource::Layers { lower, .. } => lower.as_slice(),
+            MountSource::Bind { .. } | MountSource::Filesystem { .. } | MountSource::Cgroup => &[],
+        });
+        for dir in record.launch.rootfs.lower.iter().chain(mounted) {
+            let below = dir.strip_prefix(&layers).ok();
+            let layer = below.and_then(|path| path.components().next());
+            found.extend(layer.map(|l| l.as_os_str().to_string_lossy().into_owned()));
+        }
+    }
+    Ok(found)
 }

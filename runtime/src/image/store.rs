@@ -148,10 +148,12 @@ impl Store {
         Ok(found)
     }
 
-    /// Renames away layers no record names; returns them with dead partial directories, the
+    /// Renames away layers that no image names and no container is made of: the record of its
+    /// image may be lost, the container runs on. Returns them with dead partial directories, the
     /// latter locked until they are removed: their name may just be being taken by a new maker.
     fn sweep(&self) -> Result<Vec<(PathBuf, Option<OwnedFd>)>> {
-        let used = self.state().layers_in_use();
+        let mut used = self.state().layers_in_use();
+        used.extend(self.layers_of_containers()?);
         let mut rubbish = Vec::new();
         let failed = || ImageError::io("read", &self.layers_dir);
         for entry in std::fs::read_dir(&self.layers_dir).map_err(failed())? {
@@ -168,6 +170,11 @@ impl Store {
             }
         }
         Ok(rubbish)
+    }
+
+    fn layers_of_containers(&self) -> Result<BTreeSet<String>> {
+        let root = self.layers_dir.parent().unwrap_or(&self.layers_dir);
+        crate::container::store::layers_in_use(root).map_err(ImageError::io("read", root))
     }
 
     /// Takes a layer's name away; what remains is rubbish by its new name.
@@ -439,13 +446,17 @@ impl Store {
         if self.in_use(&record.id) {
             return Err(ImageError::InUse(record.id.clone()));
         }
+        let of_containers = self.layers_of_containers()?;
         let path = self.images_dir.join(record.file_name());
         std::fs::remove_file(&path).map_err(ImageError::io("remove", &path))?;
         let _ = std::fs::remove_file(path.with_extension("lease"));
         let keep = {
             let mut state = self.state();
             state.images.remove(record.hex());
-            state.layers_in_use()
+            let mut keep = state.layers_in_use();
+            drop(state);
+            keep.extend(of_containers);
+            keep
         };
         let mut rubbish = Vec::new();
         for layer in record.overlay.iter().collect::<BTreeSet<_>>() {
