@@ -72,6 +72,7 @@ fn measure(lab_name: &str, kind: NodeKind, options: &BenchOptions) -> Result<Val
         agents: true,
         addons: cluster::Addons::NONE,
         family: None,
+        network: None,
         sample: false,
         profile: options.profile.clone(),
     })?;

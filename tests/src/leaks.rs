@@ -182,7 +182,9 @@ fn links(holder: i32, sandboxes: usize, found: &mut Vec<String>) {
     let names = table
         .lines()
         .filter_map(|line| line.trim().split(':').next());
-    let count = names.filter(|name| name.starts_with("fv")).count();
+    let count = names
+        .filter(|name| name.starts_with("fv") && !name.starts_with("fvx"))
+        .count();
     if count > sandboxes {
         found.push(format!("{count} links for {sandboxes} sandboxes"));
     }

@@ -104,6 +104,7 @@ fn scenarios(options: &TestOptions) -> Result<Tally> {
         agents: true,
         addons: cluster::Addons::ALL,
         family: None,
+        network: None,
         sample: true,
         profile: artefacts::ours::TEST_PROFILE.to_owned(),
     });

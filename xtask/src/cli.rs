@@ -3,14 +3,18 @@
 use crate::conformance::Conformance;
 use crate::develop::{Bench, Chaos, Test};
 use anyhow::{Context, Result};
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use testkit::cluster::kubectl::Kubectl;
 use testkit::cluster::layout::Layout;
 use testkit::cluster::state::{LabState, lab_names};
-use testkit::cluster::{self, Addons, DEFAULT_LAB, Family, NodeKind, ProxyMode, UpOptions};
-use testkit::{artefacts, audit, paths};
+use testkit::cluster::{
+    self, Addons, DEFAULT_LAB, Family, Network, NodeKind, ProxyMode, UpOptions,
+};
+use testkit::{artefacts, audit, images, paths};
 
 /// Build, run and test Ferrule on this machine.
 ///
@@ -45,6 +49,8 @@ pub(crate) enum Command {
     Chaos(Chaos),
     /// Run the unmodified upstream end-to-end suite on a lab
     Conformance(Conformance),
+    /// Write images of our own programs, as OCI archives; equal programs make equal images
+    Image(Image),
     /// List what labs left behind; exit code 1 when there is anything
     Audit(Audit),
 }
@@ -110,6 +116,27 @@ impl From<AddressFamily> for Family {
     }
 }
 
+/// How pods of different nodes reach each other.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum PodNetwork {
+    /// cni-bridge, and routes the lab makes
+    Bridge,
+    /// cni-vxlan with its agents
+    Vxlan,
+    /// cni-hostgw with its agents
+    Hostgw,
+}
+
+impl From<PodNetwork> for Network {
+    fn from(network: PodNetwork) -> Self {
+        match network {
+            PodNetwork::Bridge => Network::Bridge,
+            PodNetwork::Vxlan => Network::Vxlan,
+            PodNetwork::Hostgw => Network::Hostgw,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Up {
     #[command(flatten)]
@@ -141,6 +168,9 @@ pub(crate) struct Up {
     /// Addresses of a new lab
     #[arg(long, value_enum, value_name = "FAMILY")]
     ip_family: Option<AddressFamily>,
+    /// How pods of different nodes reach each other, in a lab without nodes
+    #[arg(long, value_enum, value_name = "NETWORK")]
+    network: Option<PodNetwork>,
     /// Cargo profile the kubelet is built with
     #[arg(long, default_value = testkit::artefacts::ours::TEST_PROFILE)]
     profile: String,
@@ -161,6 +191,7 @@ impl Up {
                 dns: !self.no_dns && !self.no_proxy,
             },
             family: self.ip_family.map(AddressFamily::into),
+            network: self.network.map(PodNetwork::into),
             sample: !self.no_sample,
             profile: self.profile,
         })?;
@@ -259,6 +290,31 @@ pub(crate) enum Output {
     Text,
     /// For programs
     Json,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Image {
+    /// Which [default: all]
+    #[arg(value_name = "NAME", value_parser = PossibleValuesParser::new(artefacts::ours::NETWORKS))]
+    names: Vec<String>,
+    /// Directory the archives are written into [default: images in the target directory]
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+}
+
+impl Image {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let dir = self
+            .output
+            .unwrap_or_else(|| paths::target().join("images"));
+        let wanted = |name: &&str| self.names.is_empty() || self.names.iter().any(|n| n == name);
+        for name in artefacts::ours::NETWORKS.into_iter().filter(wanted) {
+            let programs = artefacts::ours::network(name)?;
+            let (file, digest) = images::own::write_network(&dir, &paths::cache()?, &programs)?;
+            println!("{}  {digest}", file.display());
+        }
+        Ok(ExitCode::SUCCESS)
+    }
 }
 
 #[derive(Debug, Args)]

@@ -31,6 +31,7 @@ fn run(cli: cli::Cli) -> Result<ExitCode> {
         cli::Command::Bench(args) => args.run(),
         cli::Command::Chaos(args) => args.run(),
         cli::Command::Conformance(args) => args.run(),
+        cli::Command::Image(args) => args.run(),
         cli::Command::Audit(args) => args.run(),
     }
 }

@@ -60,16 +60,8 @@ pub fn plugins() -> Result<PathBuf> {
     let dir = paths::target().join(STATIC_TARGET).join("tiny");
     if std::env::var_os(NO_BUILD).is_none() {
         let mut step = Step::begin("build cni-bridge");
-        let args = [
-            "build",
-            "--package",
-            "cni-bridge",
-            "--profile",
-            "tiny",
-            "--target",
-            STATIC_TARGET,
-        ];
-        small(&args, &mut step)?;
+        let args = ["--package", "cni-bridge", "--profile", "tiny"];
+        compile_static(&args, &mut step)?;
         step.done("");
     }
     anyhow::ensure!(
@@ -77,6 +69,50 @@ pub fn plugins() -> Result<PathBuf> {
         "cargo built no cni-bridge"
     );
     Ok(dir)
+}
+
+/// A network that spans nodes: its plugin and its peer agent, both static.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkPrograms {
+    /// Name of the plugin and of its package.
+    pub name: &'static str,
+    /// What runtimes execute.
+    pub plugin: PathBuf,
+    /// What keeps the node.
+    pub agent: PathBuf,
+}
+
+/// Packages of networks that span nodes.
+pub const NETWORKS: [&str; 2] = ["cni-vxlan", "cni-hostgw"];
+
+/// Builds the programs of one of [`NETWORKS`].
+///
+/// # Errors
+/// When cargo fails; the error carries its messages.
+pub fn network(name: &'static str) -> Result<NetworkPrograms> {
+    let target = paths::target().join(STATIC_TARGET);
+    let agent = format!("{name}-agent");
+    let programs = NetworkPrograms {
+        name,
+        plugin: target.join("tiny").join(name),
+        agent: target.join("release").join(&agent),
+    };
+    if std::env::var_os(NO_BUILD).is_none() {
+        let mut step = Step::begin(format!("build {name}, {agent}"));
+        // The plugin without what only the agent needs.
+        let plugin = ["--profile", "tiny", "--no-default-features"];
+        compile_static(
+            &[&["--package", name, "--bin", name], &plugin[..]].concat(),
+            &mut step,
+        )?;
+        let packages = ["--package", name, "--bin", &agent, "--profile", "release"];
+        compile_static(&packages, &mut step)?;
+        step.done("");
+    }
+    for program in [&programs.plugin, &programs.agent] {
+        anyhow::ensure!(program.is_file(), "cargo built no {}", program.display());
+    }
+    Ok(programs)
 }
 
 /// Where cargo puts what a profile builds.
@@ -105,27 +141,19 @@ fn compile(profile: &str, step: &mut Step) -> Result<()> {
     ];
     let mut command = command::command(&cargo, &agent);
     cargo_build(command.current_dir(&workspace), step).context("build kubelet")?;
-    let small = [
-        "build",
-        "--package",
-        "pod-shim",
-        "--package",
-        "cni-bridge",
-        "--profile",
-        "tiny",
-        "--target",
-        STATIC_TARGET,
-    ];
-    self::small(&small, step)
+    let small = ["--package", "pod-shim", "--package", "cni-bridge"];
+    compile_static(&[&small[..], &["--profile", "tiny"]].concat(), step)
 }
 
-fn small(args: &[&str], step: &mut Step) -> Result<()> {
+/// Builds programs that need nothing but a kernel.
+fn compile_static(args: &[&str], step: &mut Step) -> Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command: Command = command::command(&cargo, args);
+    let mut command = command::command(cargo, &["build", "--target", STATIC_TARGET]);
     command
+        .args(args)
         .current_dir(paths::workspace())
         .env("RUSTFLAGS", STATIC_FLAGS);
-    cargo_build(&mut command, step).context("build the small programs")
+    cargo_build(&mut command, step)
 }
 
 /// Runs cargo, shows what it is at, and prints what it said when it fails. That it waits for

@@ -76,6 +76,7 @@ fn measure(name: &str, kind: NodeKind, changes: u32, options: &LifeOptions) -> R
         agents: true,
         addons: cluster::Addons::NONE,
         family: None,
+        network: None,
         sample: false,
         profile: options.profile.clone(),
     })?;

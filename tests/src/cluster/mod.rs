@@ -23,6 +23,7 @@ pub mod layout;
 pub mod network;
 pub mod node;
 pub mod pki;
+pub mod podnet;
 pub mod sample;
 pub mod spare;
 pub mod state;
@@ -32,6 +33,7 @@ mod surplus;
 pub use addons::{Addons, ProxyMode};
 pub use down::down;
 pub use layout::Family;
+pub use podnet::Network;
 pub use state::NodeKind;
 
 use crate::artefacts::{self, ours};
@@ -74,6 +76,8 @@ pub struct UpOptions {
     pub addons: Addons,
     /// Addresses of a new lab; `None` means IPv4. A lab that is there keeps what it has.
     pub family: Option<Family>,
+    /// Network of a new lab's pods; `None` means bridges. A lab that has nodes keeps what it has.
+    pub network: Option<Network>,
     /// Start the sample.
     pub sample: bool,
     /// Cargo profile the agent is built with.
@@ -320,7 +324,7 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
     if nodes > 0 {
         build_programs(&mut lab, options, nodes)?;
     }
-    decide_family(&mut lab, options.family)?;
+    decide_addresses(&mut lab, options)?;
     network::ensure_bridge(&lab.layout, lab.state.family)?;
     if options.nodes.is_some() {
         surplus::remove(&mut lab, nodes)?;
@@ -335,6 +339,7 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
     step.done(&lab.layout.registry());
     if options.agents {
         addons::begin(&mut lab, options.addons)?;
+        podnet::apply(&lab)?;
     }
     let step = Step::begin(format!(
         "{nodes} {}",
@@ -356,7 +361,7 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
     for number in 1..=nodes {
         join_network(&mut lab, &Layout::node_name(number))?;
     }
-    network::ensure_routes(&lab.layout, &lab.sites())?;
+    ensure_routes(&lab)?;
     for number in 1..=nodes {
         wait_node_ready(&lab, &Layout::node_name(number))?;
     }
@@ -371,17 +376,26 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
     Ok(lab)
 }
 
-/// The addresses are decided with the control plane, and not later.
-fn decide_family(lab: &mut Lab, wanted: Option<Family>) -> Result<()> {
-    let Some(wanted) = wanted.filter(|wanted| *wanted != lab.state.family) else {
-        return Ok(());
-    };
-    anyhow::ensure!(
-        lab.state.processes.is_empty(),
-        "lab {} is up with other addresses; take it down first",
-        lab.layout.name
-    );
-    lab.state.family = wanted;
+/// The family is decided with the control plane, the network with the first node.
+fn decide_addresses(lab: &mut Lab, options: &UpOptions) -> Result<()> {
+    let name = &lab.layout.name;
+    if let Some(family) = options.family.filter(|family| *family != lab.state.family) {
+        anyhow::ensure!(
+            lab.state.processes.is_empty(),
+            "lab {name} is up with other addresses; take it down first"
+        );
+        lab.state.family = family;
+    }
+    if let Some(network) = options
+        .network
+        .filter(|network| *network != lab.state.network)
+    {
+        anyhow::ensure!(
+            lab.state.nodes.is_empty(),
+            "lab {name} has nodes with another network; take it down first"
+        );
+        lab.state.network = network;
+    }
     lab.save()
 }
 
@@ -401,6 +415,13 @@ fn build_programs(lab: &mut Lab, options: &UpOptions, nodes: usize) -> Result<()
         lab.ours = Some(ours::build(&options.profile)?);
     }
     Ok(())
+}
+
+/// The control plane reaches pods in any case; nodes reach each other's by routes of ours, unless
+/// that is the network's own work.
+fn ensure_routes(lab: &Lab) -> Result<()> {
+    let between = lab.state.network.agents().is_none();
+    network::ensure_routes(&lab.layout, &lab.sites(), between)
 }
 
 /// Writes the node's network configuration once the controller manager has given it its pods'
@@ -431,6 +452,10 @@ fn join_network(lab: &mut Lab, name: &str) -> Result<()> {
         return Ok(());
     };
     record.pod_networks.clone_from(&pod_networks);
+    if lab.state.network.agents().is_some() {
+        // The agent writes it.
+        return lab.save();
+    }
     let configuration = match record.kind {
         NodeKind::Ferrule => {
             let cluster = lab.layout.pod_networks(lab.state.family);

@@ -138,11 +138,12 @@ pub struct Site {
     pub pod_network: String,
 }
 
-/// Makes every node's pods reachable from every other node and from the control plane.
+/// Makes every node's pods reachable from the control plane and, if `between` says so, from every
+/// other node.
 ///
 /// # Errors
 /// When the kernel refuses a route.
-pub fn ensure_routes(layout: &Layout, sites: &[Site]) -> Result<()> {
+pub fn ensure_routes(layout: &Layout, sites: &[Site], between: bool) -> Result<()> {
     for site in sites {
         let via = site.address.to_string();
         let route = ["route", "replace", site.pod_network.as_str(), "via", &via];
@@ -151,7 +152,9 @@ pub fn ensure_routes(layout: &Layout, sites: &[Site]) -> Result<()> {
         ours.extend(["dev", bridge.as_str()]);
         ip(&ours)?;
         let others = sites.iter().filter(|other| {
-            other.holder != site.holder && other.address.is_ipv4() == site.address.is_ipv4()
+            between
+                && other.holder != site.holder
+                && other.address.is_ipv4() == site.address.is_ipv4()
         });
         for other in others {
             ip_in(other.holder, &route)

@@ -6,7 +6,7 @@
 use super::layout::{Layout, MAX_NODES};
 use super::node::{self, NodeContext};
 use super::state::{NodeKind, NodeRecord};
-use super::{Lab, ferrule, join_network, network, pki, surplus, wait_node_ready};
+use super::{Lab, ensure_routes, ferrule, join_network, pki, surplus, wait_node_ready};
 use crate::artefacts::ours::Programs;
 use crate::process::until;
 use anyhow::{Context, Result};
@@ -116,7 +116,7 @@ fn changed(mut text: String, changes: &[(&'static str, String)]) -> Result<Strin
 fn start(lab: &mut Lab, context: &NodeContext) -> Result<()> {
     ferrule::start(lab, context)?;
     join_network(lab, &context.name)?;
-    network::ensure_routes(&lab.layout, &lab.sites())?;
+    ensure_routes(lab)?;
     wait_node_ready(lab, &context.name)?;
     // The apiserver may still hold connections to an earlier node of this address.
     let health = format!("/api/v1/nodes/{}/proxy/healthz", context.name);

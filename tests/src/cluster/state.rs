@@ -7,6 +7,7 @@
 
 use super::addons::ProxyMode;
 use super::layout::{Family, Layout, MAX_INDEX};
+use super::podnet::Network;
 use crate::process::ProcessIdentity;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -66,6 +67,9 @@ pub struct LabState {
     /// Addresses of nodes, pods and services: decided once, when the control plane is made.
     #[serde(default)]
     pub family: Family,
+    /// How pods of different nodes reach each other: decided with the first node.
+    #[serde(default)]
+    pub network: Network,
     /// How kube-proxy was told to write its rules, if it was.
     #[serde(default)]
     pub proxy_mode: Option<ProxyMode>,
@@ -126,6 +130,7 @@ impl LabState {
             name: name.to_owned(),
             index,
             family: Family::default(),
+            network: Network::default(),
             proxy_mode: None,
             boot_id: boot_id()?,
             processes: BTreeMap::new(),

@@ -90,6 +90,7 @@ pub fn run(options: &ConformanceOptions) -> Result<Report> {
         agents: true,
         addons: cluster::Addons::ALL,
         family: None,
+        network: None,
         sample: false,
         profile: artefacts::ours::TEST_PROFILE.to_owned(),
     })?;

@@ -8,6 +8,7 @@ mod cluster;
 mod debian;
 mod layer;
 mod layout;
+pub mod own;
 mod programs;
 mod push;
 

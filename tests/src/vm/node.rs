@@ -63,6 +63,7 @@ fn joined(image: &Image, may_install: bool, programs: Option<Programs>) -> Resul
         agents: false,
         addons: cluster::Addons::NONE,
         family: None,
+        network: None,
         sample: false,
         profile: ours::TEST_PROFILE.to_owned(),
     })?;
