@@ -55,6 +55,7 @@ spec: {{selector: {{app: web}}, {ports}, {spec}}}
         service("plain", "type: ClusterIP"),
         service("sticky", "sessionAffinity: ClientIP"),
         service("headless", "clusterIP: None"),
+        service("both", "type: NodePort, ipFamilyPolicy: PreferDualStack"),
         service("port", "type: NodePort"),
         service("local", "type: NodePort, externalTrafficPolicy: Local"),
         service("nobody", "type: ClusterIP").replace("app: web", "app: nobody"),
@@ -74,6 +75,7 @@ spec: {{type: ExternalName, externalName: plain.{namespace}.svc.cluster.local}}
 struct Place {
     pod: String,
     address: String,
+    address6: String,
     node: String,
     node_address: String,
 }
@@ -96,6 +98,7 @@ impl Stage {
             let place = |pod: &Value| Place {
                 pod: text(pod, "/metadata/name"),
                 address: text(pod, "/status/podIP"),
+                address6: text(pod, "/status/podIPs/1/ip"),
                 node: text(pod, "/spec/nodeName"),
                 node_address: text(pod, "/status/hostIP"),
             };
@@ -149,7 +152,35 @@ impl Stage {
             self.node_ports(client).context(from)?;
         }
         self.hairpin()?;
-        self.node_ports_from_beside()
+        self.node_ports_from_beside()?;
+        self.second_family().context("IPv6")
+    }
+
+    /// The same once more where nodes, pods and services have IPv6 addresses too.
+    fn second_family(&self) -> Result<()> {
+        let addresses = self.field("both", "/spec/clusterIPs")?;
+        let Some(virtual_address) = addresses.get(1).and_then(Value::as_str) else {
+            println!("IPv6 skipped: the lab has IPv4 only (cargo xtask up --ip-family dual)");
+            return Ok(());
+        };
+        let port = self.field("both", "/spec/ports/0/nodePort")?;
+        for client in &self.clients {
+            let name = format!("both.{}.svc.cluster.local", self.scenario.namespace);
+            let found = self.run(client, &["dig", "+short", "-t", "AAAA", &name])?;
+            ensure!(found == virtual_address, "AAAA {name}: {found}");
+            let seen = self.fetch_often(client, "-6 http://both/", 40)?;
+            ensure!(seen == self.names(), "both: {seen:?}");
+            let who = self.run(client, &["curl", "-sS6", "http://both/cgi-bin/who"])?;
+            ensure!(who == client.address6, "{who}, not {}", client.address6);
+        }
+        for server in &self.servers {
+            let node = self.scenario.json(&["get", "node", &server.node])?;
+            let address = text(&node, "/status/addresses/1/address");
+            let url = format!("http://[{address}]:{port}/");
+            let page = command::stdout(&mut command("curl", &["-sSg", "--max-time", "5", &url]))?;
+            ensure!(self.names().contains(page.trim()), "{url}: {page}");
+        }
+        Ok(())
     }
 
     fn names_resolve(&self, client: &Place) -> Result<()> {
