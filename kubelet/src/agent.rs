@@ -23,7 +23,10 @@ use crate::api::{self, Clients, Opened};
 use crate::compress;
 use crate::config::Config;
 use crate::events::{EventPace, EventSink};
+use crate::eviction::Evictor;
+use crate::eviction::rank::Eviction;
 use crate::images::ImagePuller;
+use crate::images::access::Access;
 use crate::images::gc::{ImageGc, Policy};
 use crate::images::provider::{ProviderConfigError, Providers};
 use crate::launch::{LaunchContext, dns, qos};
@@ -61,6 +64,8 @@ use tracing::{info, warn};
 
 /// Verdicts of probes waiting for the manager; probes wait when it is full.
 const VERDICTS: usize = 256;
+/// Evictions on their way to the pod manager, which takes them at once.
+const EVICTIONS: usize = 16;
 /// How long the apiserver's pods wait for the first look at the manifests, which takes
 /// milliseconds.
 const FIRST_LOOK: Duration = Duration::from_secs(2);
@@ -154,6 +159,15 @@ fn shim_path(config: &Config) -> PathBuf {
     own.with_file_name("pod-shim")
 }
 
+/// What the pod pipeline shares with others.
+struct PodParts<'a> {
+    events: &'a EventSink,
+    index: &'a PodIndex,
+    node: &'a NodeHandle,
+    access: Arc<Access>,
+    evictions: mpsc::Receiver<Eviction>,
+}
+
 /// A node's agent around a running engine.
 pub struct Agent<R> {
     config: Arc<Config>,
@@ -208,7 +222,21 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         };
         let (events, poster) = EventSink::new(&self.config.node_name, pace);
         let index = PodIndex::new();
-        let volumes = self.start_pods(context, &events, &index, &handle)?;
+        let access = Arc::new(Access::open(
+            &self.config.root_dir,
+            self.config.images.verification.clone(),
+            &self.runtime.list(),
+        ));
+        let (orders, evictions) = mpsc::channel(EVICTIONS);
+        let parts = PodParts {
+            events: &events,
+            index: &index,
+            node: &handle,
+            access: access.clone(),
+            evictions,
+        };
+        let volumes = self.start_pods(context, parts)?;
+        let stats = self.stats(&index, volumes);
         if self.config.is_standalone() {
             info!("Standalone: only static pods are run, no Node is registered");
             self.tracker.spawn(poster.log(self.stop.clone()));
@@ -223,15 +251,27 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             events.clone(),
             &self.config.node_name,
             Policy::from(&self.config.images),
-        );
+        )
+        .with_access(access.clone());
+        let evictor = Evictor {
+            runtime: self.runtime.clone(),
+            config: self.config.clone(),
+            index: index.clone(),
+            stats: stats.clone(),
+            node: handle,
+            events: events.clone(),
+            orders,
+            images: collector.reclaim(),
+        };
         self.tracker.spawn(collector.run(self.stop.clone()));
+        self.tracker.spawn(evictor.run(self.stop.clone()));
         let compressor = compress::run(
             self.runtime.clone(),
             self.config.container_log_monitor_interval,
             self.stop.clone(),
         );
         self.tracker.spawn(compressor);
-        let ended = self.serve(index, volumes).await;
+        let ended = self.serve(index, stats).await;
 
         self.stop.cancel();
         self.tracker.close();
@@ -250,10 +290,15 @@ impl<R: RuntimeService + ImageService> Agent<R> {
     fn start_pods(
         &self,
         context: LaunchContext,
-        events: &EventSink,
-        index: &PodIndex,
-        node: &NodeHandle,
+        parts: PodParts<'_>,
     ) -> Result<Volumes, AgentError> {
+        let PodParts {
+            events,
+            index,
+            node,
+            access,
+            evictions,
+        } = parts;
         let client = self.clients.main.clone();
         let objects = Arc::new(Objects::new(client.clone()));
         let context = Arc::new(arc_swap::ArcSwap::from_pointee(context));
@@ -264,14 +309,14 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         };
         let volumes = Volumes::new(settings, objects.clone(), client.clone())
             .map_err(|e| AgentError::Volumes(e.to_string()))?;
-        let user_namespaces = userns::pool(Path::new("/etc"))
-            .and_then(|pool| {
-                UserNamespaces::open(&self.config.root_dir, pool, self.config.max_pods)
-            })
+        let (ids, max_pods) = (self.config.ids_per_pod, self.config.max_pods);
+        let user_namespaces = userns::pool(Path::new("/etc"), ids)
+            .and_then(|pool| UserNamespaces::open(&self.config.root_dir, pool, ids, max_pods))
             .map_err(|e| AgentError::UserNamespaces(e.to_string()))?;
         let kept = volumes.clone();
         let images = ImagePuller::new(self.runtime.clone(), events.clone(), &self.config.images)
-            .with_providers(self.credential_providers()?);
+            .with_providers(self.credential_providers()?)
+            .with_access(access);
         let environment = Arc::new(NodeEnvironment {
             runtime: self.runtime.clone(),
             context,
@@ -314,6 +359,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             changes,
             probes: probe_updates,
             objects: retries,
+            evictions,
             heartbeat: Arc::clone(&self.heartbeat),
         };
         let manager = Manager::with_sources(deps, self.sources(), mirrors.clone());
@@ -394,7 +440,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
     }
 
     /// Serves until stopped, or until a listener fails.
-    async fn serve(&self, index: PodIndex, volumes: Volumes) -> Result<(), AgentError> {
+    async fn serve(&self, index: PodIndex, stats: Arc<Stats<R>>) -> Result<(), AgentError> {
         let settings = &self.config.server;
         let health = async {
             if settings.healthz.port() == 0 {
@@ -414,7 +460,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
                 self.stop.cancelled().await;
                 return Ok(());
             }
-            let server = self.server(index, volumes);
+            let server = self.server(index, stats);
             server::serve(server, self.stop.clone())
                 .await
                 .map_err(|e| AgentError::Serve {
@@ -425,6 +471,17 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         tokio::try_join!(health, api).map(drop)
     }
 
+    /// What measures the node and its pods.
+    fn stats(&self, index: &PodIndex, volumes: Volumes) -> Arc<Stats<R>> {
+        let paths = move |uid: &str| volumes.paths(uid);
+        Arc::new(Stats::new(
+            self.runtime.clone(),
+            self.config.clone(),
+            index.clone(),
+            Arc::new(paths),
+        ))
+    }
+
     /// What is wrong with the pod loop.
     fn problem(&self) -> server::Problem {
         let heartbeat = Arc::clone(&self.heartbeat);
@@ -432,23 +489,17 @@ impl<R: RuntimeService + ImageService> Agent<R> {
     }
 
     /// The HTTPS API's parts.
-    fn server(&self, index: PodIndex, volumes: Volumes) -> Server<R> {
+    fn server(&self, index: PodIndex, stats: Arc<Stats<R>>) -> Server<R> {
         let config = &self.config;
         let client = self.clients.main.clone();
         let credentials = self.clients.credentials.clone();
-        let paths = move |uid: &str| volumes.paths(uid);
         Server {
             config: config.clone(),
             runtime: self.runtime.clone(),
             auth: Auth::new(client, &config.node_name, config.server.clone()),
             tracker: self.tracker.clone(),
             stop: self.stop.clone(),
-            stats: Arc::new(Stats::new(
-                self.runtime.clone(),
-                config.clone(),
-                index.clone(),
-                Arc::new(paths),
-            )),
+            stats,
             index,
             machine: Arc::new(machine::machine()),
             problem: self.problem(),

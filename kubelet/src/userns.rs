@@ -13,8 +13,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Ids of a pod (KEP-127).
-const IDS_PER_POD: u32 = 65536;
+/// Ids of a pod unless the node is configured otherwise (KEP-127); others are multiples of it.
+pub const IDS_PER_POD: u32 = 65536;
 /// The file with a pod's range.
 const FILE: &str = "userns";
 /// A file longer than this is not ours.
@@ -45,12 +45,13 @@ pub struct Pool {
     pub length: u32,
 }
 
-impl Default for Pool {
-    /// All but the first pod's worth, which are the node's own users.
-    fn default() -> Self {
+impl Pool {
+    /// All ids but the first pod's worth, which are the node's own users.
+    pub fn all(ids_per_pod: u32) -> Self {
+        let length = u32::MAX - ids_per_pod + 1;
         Self {
-            first: IDS_PER_POD,
-            length: u32::MAX - IDS_PER_POD + 1,
+            first: ids_per_pod,
+            length: length - length % ids_per_pod,
         }
     }
 }
@@ -72,11 +73,11 @@ struct Mapping {
 }
 
 impl Record {
-    fn of(first: u32) -> Self {
+    fn of(first: u32, length: u32) -> Self {
         let mapping = Mapping {
             host_id: first,
             container_id: 0,
-            length: IDS_PER_POD,
+            length,
         };
         Self {
             uid_mappings: vec![mapping],
@@ -85,14 +86,14 @@ impl Record {
     }
 
     /// The first id, when it is a range as we make them.
-    fn first(&self) -> Result<u32, String> {
+    fn first(&self, ids_per_pod: u32) -> Result<u32, String> {
         match (self.uid_mappings.as_slice(), self.gid_mappings.as_slice()) {
             ([uid], [gid]) if uid != gid => Err("uid and gid mappings differ".to_owned()),
             ([uid], [_]) if uid.container_id != 0 => Err("id 0 is not mapped".to_owned()),
-            ([uid], [_]) if uid.length != IDS_PER_POD => {
+            ([uid], [_]) if uid.length != ids_per_pod => {
                 Err(format!("wrong user namespace length {}", uid.length))
             }
-            ([uid], [_]) if uid.host_id % IDS_PER_POD != 0 => Err(format!(
+            ([uid], [_]) if uid.host_id % ids_per_pod != 0 => Err(format!(
                 "wrong user namespace offset specified {}",
                 uid.host_id
             )),
@@ -116,32 +117,38 @@ struct Used {
 pub struct UserNamespaces {
     pods: PathBuf,
     pool: Pool,
+    ids_per_pod: u32,
     used: Mutex<Used>,
 }
 
 impl UserNamespaces {
-    /// Opens the ranges under the kubelet's root; reads which are taken.
+    /// Opens the ranges of `ids_per_pod` ids under the kubelet's root; reads which are taken.
     ///
     /// # Errors
     /// [`UserNamespaceError::Mappings`] when the pool is not made of whole ranges or too small
     /// for `max_pods`.
-    pub fn open(root: &Path, pool: Pool, max_pods: u32) -> Result<Self, UserNamespaceError> {
+    pub fn open(
+        root: &Path,
+        pool: Pool,
+        ids_per_pod: u32,
+        max_pods: u32,
+    ) -> Result<Self, UserNamespaceError> {
         let refuse = |message: String| Err(UserNamespaceError::Mappings(message));
-        if !pool.first.is_multiple_of(IDS_PER_POD) {
+        if !pool.first.is_multiple_of(ids_per_pod) {
             return refuse(format!(
-                "kubelet user assigned ID {} is not a multiple of {IDS_PER_POD}",
+                "kubelet user assigned ID {} is not a multiple of {ids_per_pod}",
                 pool.first
             ));
         }
-        if pool.first < IDS_PER_POD {
+        if pool.first < ids_per_pod {
             return refuse(format!(
-                "kubelet user assigned ID {} must be greater or equal to {IDS_PER_POD}",
+                "kubelet user assigned ID {} must be greater or equal to {ids_per_pod}",
                 pool.first
             ));
         }
-        if !pool.length.is_multiple_of(IDS_PER_POD) {
+        if !pool.length.is_multiple_of(ids_per_pod) {
             return refuse(format!(
-                "kubelet user assigned IDs length {} is not a multiple of {IDS_PER_POD}",
+                "kubelet user assigned IDs length {} is not a multiple of {ids_per_pod}",
                 pool.length
             ));
         }
@@ -152,7 +159,7 @@ impl UserNamespaces {
         {
             return refuse("kubelet user assigned IDs end beyond all ids".to_owned());
         }
-        if pool.length / IDS_PER_POD < max_pods {
+        if pool.length / ids_per_pod < max_pods {
             return refuse(format!(
                 "kubelet user assigned IDs are not enough to support {max_pods} pods"
             ));
@@ -160,6 +167,7 @@ impl UserNamespaces {
         let opened = Self {
             pods: root.join("pods"),
             pool,
+            ids_per_pod,
             used: Mutex::default(),
         };
         for uid in linux::fs::list_dir(&opened.pods).unwrap_or_default() {
@@ -183,25 +191,25 @@ impl UserNamespaces {
     pub fn ensure(&self, uid: &str) -> Result<UserNamespace, UserNamespaceError> {
         let mut used = self.used();
         if let Some(first) = used.by_pod.get(uid) {
-            return Ok(namespace(*first));
+            return Ok(self.namespace(*first));
         }
         // One that is there and not in memory was not understood: better no pod than two with
         // the same ids.
         if let Some(first) = self.recorded(uid)? {
             used.by_pod.insert(uid.to_owned(), first);
-            return Ok(namespace(first));
+            return Ok(self.namespace(first));
         }
         let slot = self.free_slot(&used).ok_or(UserNamespaceError::Full)?;
-        let first = self.pool.first + slot * IDS_PER_POD;
+        let first = self.pool.first + slot * self.ids_per_pod;
         let dir = self.pods.join(uid);
-        let text = serde_json::to_vec(&Record::of(first));
+        let text = serde_json::to_vec(&Record::of(first, self.ids_per_pod));
         let text = text.map_err(|e| UserNamespaceError::Record(e.to_string()))?;
         create_dirs(&dir, 0o750)
             .and_then(|()| write_atomic(&dir.join(FILE), &text, 0o600, Durability::Process))
             .map_err(|e| record_error(&e))?;
         used.last = slot;
         used.by_pod.insert(uid.to_owned(), first);
-        Ok(namespace(first))
+        Ok(self.namespace(first))
     }
 
     /// Frees the pod's range. Nothing of the pod may be left. Idempotent.
@@ -218,13 +226,24 @@ impl UserNamespaces {
         Ok(())
     }
 
+    fn namespace(&self, first: u32) -> UserNamespace {
+        UserNamespace {
+            first,
+            length: self.ids_per_pod,
+        }
+    }
+
     fn used(&self) -> MutexGuard<'_, Used> {
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn free_slot(&self, used: &Used) -> Option<u32> {
-        let count = self.pool.length / IDS_PER_POD;
-        let slot_of = |first: &u32| first.checked_sub(self.pool.first).map(|n| n / IDS_PER_POD);
+        let count = self.pool.length / self.ids_per_pod;
+        let slot_of = |first: &u32| {
+            first
+                .checked_sub(self.pool.first)
+                .map(|n| n / self.ids_per_pod)
+        };
         let taken: std::collections::BTreeSet<u32> =
             used.by_pod.values().filter_map(slot_of).collect();
         let after = (1..=count).map(|n| (used.last + n) % count);
@@ -242,16 +261,9 @@ impl UserNamespaces {
             Err(error) if error.is_not_found() => return Ok(None),
             Err(error) => return Err(record_error(&error)),
         };
-        parse(&text).map(Some).map_err(|e| {
+        parse(&text, self.ids_per_pod).map(Some).map_err(|e| {
             UserNamespaceError::Record(format!("invalid user namespace mappings file: {e}"))
         })
-    }
-}
-
-fn namespace(first: u32) -> UserNamespace {
-    UserNamespace {
-        first,
-        length: IDS_PER_POD,
     }
 }
 
@@ -262,9 +274,9 @@ fn record_error(error: &FsError) -> UserNamespaceError {
     )
 }
 
-fn parse(text: &[u8]) -> Result<u32, String> {
+fn parse(text: &[u8], ids_per_pod: u32) -> Result<u32, String> {
     let record: Record = serde_json::from_slice(text).map_err(|e| e.to_string())?;
-    record.first()
+    record.first(ids_per_pod)
 }
 
 /// The pool of a node: the subordinate ids of user `kubelet` when that user exists and has some
@@ -272,18 +284,18 @@ fn parse(text: &[u8]) -> Result<u32, String> {
 ///
 /// # Errors
 /// [`UserNamespaceError::Mappings`] when it has several ranges, or other group than user ids.
-pub fn pool(etc: &Path) -> Result<Pool, UserNamespaceError> {
+pub fn pool(etc: &Path, ids_per_pod: u32) -> Result<Pool, UserNamespaceError> {
     let read = |name: &str| std::fs::read_to_string(etc.join(name)).unwrap_or_default();
     let is_user = |line: &str| line.split(':').next() == Some(USER);
     if !read("passwd").lines().any(is_user) {
-        return Ok(Pool::default());
+        return Ok(Pool::all(ids_per_pod));
     }
     let refuse = |message: String| Err(UserNamespaceError::Mappings(message));
     match (
         subids(&read("subuid")).as_slice(),
         subids(&read("subgid")).as_slice(),
     ) {
-        ([], []) => Ok(Pool::default()),
+        ([], []) => Ok(Pool::all(ids_per_pod)),
         (users, groups) if users != groups => {
             refuse(format!("mismatched subuids and subgids for user {USER:?}"))
         }
@@ -312,7 +324,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn opened(root: &Path) -> UserNamespaces {
-        UserNamespaces::open(root, Pool::default(), 110).unwrap()
+        UserNamespaces::open(root, Pool::all(IDS_PER_POD), IDS_PER_POD, 110).unwrap()
     }
 
     #[test]
@@ -336,7 +348,7 @@ mod tests {
             first: 131_072,
             length: 131_072,
         };
-        let two = UserNamespaces::open(root.path(), pool, 2).unwrap();
+        let two = UserNamespaces::open(root.path(), pool, IDS_PER_POD, 2).unwrap();
         let (a, _b) = (two.ensure("a").unwrap(), two.ensure("b").unwrap());
         let full = two.ensure("c").unwrap_err().to_string();
         assert!(full.contains("could not find an empty slot"), "{full}");
@@ -353,6 +365,20 @@ mod tests {
         two.release("a").unwrap();
         assert_eq!(two.ensure("c").unwrap(), a);
         assert!(!root.path().join("pods/a/userns").exists());
+    }
+
+    #[test]
+    fn ranges_are_as_long_as_the_node_is_told() {
+        let root = tempfile::tempdir().unwrap();
+        let ids = 3 * IDS_PER_POD;
+        let all = Pool::all(ids);
+        assert_eq!((all.first % ids, all.length % ids), (0, 0));
+        let opened = UserNamespaces::open(root.path(), all, ids, 110).unwrap();
+        let (a, b) = (opened.ensure("a").unwrap(), opened.ensure("b").unwrap());
+        assert_eq!((a.length, a.first.abs_diff(b.first)), (ids, ids));
+        let other = UserNamespaces::open(root.path(), Pool::all(IDS_PER_POD), IDS_PER_POD, 110);
+        let error = other.unwrap().ensure("a").unwrap_err().to_string();
+        assert!(error.contains("wrong user namespace length"), "{error}");
     }
 
     #[test]
@@ -379,7 +405,7 @@ mod tests {
             (65536, 65537, "is not a multiple"),
         ] {
             let pool = Pool { first, length };
-            let error = UserNamespaces::open(root.path(), pool, 110).unwrap_err();
+            let error = UserNamespaces::open(root.path(), pool, IDS_PER_POD, 110).unwrap_err();
             assert!(error.to_string().contains(want), "{error}");
         }
     }
@@ -389,13 +415,16 @@ mod tests {
         let etc = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| std::fs::write(etc.path().join(name), text).unwrap();
         write("subuid", "me:1:2\nkubelet:655360:7208960\n");
-        assert_eq!(pool(etc.path()).unwrap(), Pool::default());
+        assert_eq!(
+            pool(etc.path(), IDS_PER_POD).unwrap(),
+            Pool::all(IDS_PER_POD)
+        );
         write(
             "passwd",
             "root:x:0:0::/:/bin/sh\nkubelet:x:9:9::/:/bin/false\n",
         );
         assert!(
-            pool(etc.path())
+            pool(etc.path(), IDS_PER_POD)
                 .unwrap_err()
                 .to_string()
                 .contains("mismatched")
@@ -405,13 +434,13 @@ mod tests {
             first: 655_360,
             length: 7_208_960,
         };
-        assert_eq!(pool(etc.path()).unwrap(), own);
+        assert_eq!(pool(etc.path(), IDS_PER_POD).unwrap(), own);
     }
 
     proptest! {
         #[test]
         fn any_record_is_read_without_a_crash(bytes: Vec<u8>, text: String) {
-            let _ = parse(&bytes);
+            let _ = parse(&bytes, IDS_PER_POD);
             let _ = subids(&text);
         }
     }

@@ -17,8 +17,8 @@ use crate::image::{ImageLease, ImageStore};
 use crate::network::Network;
 use crate::sandbox::state::SandboxRecord;
 use crate::service::{
-    CgroupStats, ContainerId, FsUsage, ImageService, ImageStatus, RegistryAuth, Resources, Result,
-    RuntimeErrorKind, SandboxId,
+    CgroupStats, ContainerId, FsUsage, ImageService, ImageStatus, Pulled, RegistryAuth, Resources,
+    Result, RuntimeErrorKind, SandboxId,
 };
 use crate::shim_client::ShimClient;
 use linux::cgroup::{Cgroups, Limits, Stats};
@@ -486,7 +486,7 @@ impl ImageService for Engine {
         self.inner.images.list()
     }
 
-    async fn pull(&self, image: &str, auth: &[RegistryAuth]) -> Result<ImageStatus> {
+    async fn pull(&self, image: &str, auth: &[RegistryAuth]) -> Result<Pulled> {
         self.observed(
             "pull_image",
             ImageService::pull(&self.inner.images, image, auth),

@@ -17,13 +17,17 @@ pub(crate) fn error(kind: RuntimeErrorKind, message: impl Into<String>) -> Runti
     }
 }
 
-/// An error with all its causes, as one sentence.
+/// An error with all its causes, as one sentence. Foreign errors often print their cause
+/// themselves: what is there already is not said twice.
 pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(source) = cause {
-        text.push_str(": ");
-        text.push_str(&source.to_string());
+        let words = source.to_string();
+        if !text.ends_with(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
         cause = source.source();
     }
     text
@@ -97,7 +101,8 @@ impl From<ShimClientError> for RuntimeError {
             ShimClientError::Silent(_) => RuntimeErrorKind::Timeout,
             ShimClientError::Connect { .. }
             | ShimClientError::Gone(_)
-            | ShimClientError::Protocol(_) => RuntimeErrorKind::System,
+            | ShimClientError::Protocol(_)
+            | ShimClientError::TooOld { .. } => RuntimeErrorKind::System,
         };
         error(kind, chain(&e))
     }

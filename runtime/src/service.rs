@@ -11,7 +11,7 @@ pub use pod_shim::protocol::{Propagation, UserNamespace};
 mod image;
 mod sandbox;
 
-pub use image::{FsUsage, ImageConfig, ImageService, ImageStatus, RegistryAuth};
+pub use image::{FsUsage, ImageConfig, ImageService, ImageStatus, Pulled, RegistryAuth};
 pub use sandbox::{SandboxConfig, SandboxState, SandboxStatus};
 
 use serde::{Deserialize, Serialize};

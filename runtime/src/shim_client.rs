@@ -45,6 +45,19 @@ pub enum ShimClientError {
     /// The shim refused.
     #[error("{}", .0.message)]
     Refused(ShimError),
+    /// The shim was started by an agent before, and does not know what is asked of it.
+    #[error(
+        "the shim of the sandbox speaks version {version} of its protocol and {request} needs \
+         version {needed}: the pod has to be made anew"
+    )]
+    TooOld {
+        /// What was asked.
+        request: &'static str,
+        /// What it speaks.
+        version: u32,
+        /// What would be needed.
+        needed: u32,
+    },
     /// Something that is no message of this protocol.
     #[error("the shim of the sandbox sent what it must not: {0}")]
     Protocol(String),
@@ -85,6 +98,8 @@ struct Shared {
 #[derive(Clone)]
 pub struct ShimClient {
     shared: Arc<Shared>,
+    /// Of the protocol, as the shim speaks it.
+    version: u32,
     /// Ends the reader when the last clone is dropped.
     _reader: Arc<AbortOnDrop>,
 }
@@ -137,6 +152,7 @@ impl ShimClient {
         let task = tokio::spawn(read_all(Arc::clone(&shared), reader, handler));
         let client = Self {
             shared,
+            version: snapshot.version,
             _reader: Arc::new(AbortOnDrop(task.abort_handle())),
         };
         Ok((client, snapshot))
@@ -158,6 +174,14 @@ impl ShimClient {
         fds: &[BorrowedFd<'_>],
     ) -> Result<Answer, ShimClientError> {
         let name = request_name(&request);
+        let (version, needed) = (self.version, request.since());
+        if needed > version {
+            return Err(ShimClientError::TooOld {
+                request: name,
+                version,
+                needed,
+            });
+        }
         let wants_fd = matches!(&request, Request::Exec(exec) if exec.tty);
         let id = self.shared.next.fetch_add(1, Ordering::Relaxed);
         let (tell, answer) = oneshot::channel();

@@ -1,5 +1,7 @@
 use super::*;
-use pod_shim::protocol::{ExecSpec, PROTOCOL_VERSION, ProcessSpec, Stdio};
+use pod_shim::protocol::{
+    ExecSpec, PROTOCOL_VERSION, ProcessSpec, SandboxSpec, Stdio, UserNamespace,
+};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream as Blocking;
 
@@ -14,13 +16,21 @@ fn listen(path: &Path) -> std::os::unix::net::UnixListener {
 fn shim(
     serve: impl FnOnce(&mut Blocking) + Send + 'static,
 ) -> (tempfile::TempDir, PathBuf, std::thread::JoinHandle<()>) {
+    shim_of(PROTOCOL_VERSION, serve)
+}
+
+/// A shim that speaks this version.
+fn shim_of(
+    version: u32,
+    serve: impl FnOnce(&mut Blocking) + Send + 'static,
+) -> (tempfile::TempDir, PathBuf, std::thread::JoinHandle<()>) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(format!("{}.sock", "a".repeat(64)));
     let listener = listen(&path);
     let thread = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         let snapshot = Snapshot {
-            version: PROTOCOL_VERSION,
+            version,
             sandbox_id: None,
             shim_pid: 1,
             netns: None,
@@ -109,6 +119,36 @@ async fn descriptors_travel_both_ways() {
     let mut text = String::new();
     reader.read_to_string(&mut text).unwrap();
     assert_eq!(text, "round trip");
+}
+
+#[tokio::test]
+async fn an_old_shim_is_asked_only_for_what_it_understands() {
+    let (_dir, path, thread) = shim_of(1, |stream| {
+        let request = read(stream, &mut Vec::new());
+        assert!(matches!(request.request, Request::Shutdown));
+        let (id, result) = (request.id, Ok(Reply::Done));
+        write(stream, &FromShim::Reply { id, result }, &[]);
+    });
+    let (client, _) = ShimClient::connect(&path, ignore()).await.unwrap();
+    let users = UserNamespace {
+        first: 65_536,
+        length: 65_536,
+    };
+    let setup = Request::Setup(SandboxSpec {
+        user_namespace: Some(users),
+        ..SandboxSpec::default()
+    });
+    let refused = client.request(setup, &[]).await.unwrap_err();
+    assert!(matches!(
+        refused,
+        ShimClientError::TooOld {
+            version: 1,
+            needed: 2,
+            ..
+        }
+    ));
+    client.request(Request::Shutdown, &[]).await.unwrap();
+    thread.join().unwrap();
 }
 
 #[tokio::test]

@@ -14,6 +14,7 @@ mod kills_at_any_moment_leave_nothing;
 mod logs_and_exec_reach_containers;
 mod nodes_register_and_report;
 mod pods_end_in_order_and_can_be_debugged;
+mod pods_start_over_and_give_way;
 mod pods_start_restart_and_end;
 mod probes_decide_readiness_and_restarts;
 mod registries_that_lie_are_found_out;

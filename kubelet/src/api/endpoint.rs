@@ -114,20 +114,6 @@ fn parse(path: &Path) -> Result<Kubeconfig, KubeconfigError> {
     serde_saphyr::from_str(&text).map_err(|e| failed(e.to_string()))
 }
 
-/// An error with its causes, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let words = cause.to_string();
-        if !text.contains(&words) {
-            text = format!("{text}: {words}");
-        }
-        next = cause.source();
-    }
-    text
-}
-
 /// Cluster and user of the current context.
 fn current(config: &Kubeconfig) -> Result<(&Cluster, &User), String> {
     let name = config.current_context.clone().filter(|c| !c.is_empty());

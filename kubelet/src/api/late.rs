@@ -55,10 +55,7 @@ mod tests {
         let (late, slot) = client("not yet");
         let api: Api<Node> = Api::all(late);
         let error = api.get("n").await.unwrap_err();
-        assert!(
-            crate::api::endpoint::chain(&error).contains("not yet"),
-            "{error}"
-        );
+        assert!(crate::errors::chain(&error).contains("not yet"), "{error}");
         let real = tower::service_fn(|request: http::Request<Body>| async move {
             let node = format!(
                 "{{\"apiVersion\":\"v1\",\"kind\":\"Node\",\"metadata\":{{\"name\":{:?}}}}}",

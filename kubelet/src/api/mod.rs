@@ -141,7 +141,7 @@ impl Credentials {
             return problem;
         }
         let Some(known) = self.known.get() else {
-            return endpoint::chain(error);
+            return crate::errors::chain(error);
         };
         match error {
             kube::Error::Api(status) if status.code == 401 => {
@@ -157,7 +157,7 @@ impl Credentials {
             }
             kube::Error::Api(status) => status.message.clone(),
             other => {
-                let text = endpoint::chain(other);
+                let text = crate::errors::chain(other);
                 let text = text.trim_start_matches("ServiceError: ");
                 format!("{}: {text}", known.server)
             }

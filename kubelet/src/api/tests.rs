@@ -217,7 +217,7 @@ async fn a_server_of_another_ca_is_refused_and_a_silent_one_is_given_up() {
     let request = http::Request::get("/").body(Vec::new()).unwrap();
     let error = client.request_text(request).await.unwrap_err();
     assert!(
-        endpoint::chain(&error).contains("invalid peer certificate"),
+        crate::errors::chain(&error).contains("invalid peer certificate"),
         "{error:?}"
     );
     let never = std::future::pending::<Result<(), kube::Error>>();

@@ -166,16 +166,10 @@ pub(super) fn main(matches: &ArgMatches) -> ExitCode {
     match runtime.block_on(run(args, &mut std::io::stdout())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("kubelet: {}", whole(&error));
+            eprintln!("kubelet: {}", crate::errors::chain(&error));
             ExitCode::FAILURE
         }
     }
-}
-
-/// An error with all its causes.
-fn whole(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |e| e.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Runs `kubelet image …`; lists go to `out`.

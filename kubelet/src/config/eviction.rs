@@ -36,6 +36,7 @@ pub(super) struct Evictions {
     pub(super) hard: BTreeMap<String, Threshold>,
     pub(super) soft: BTreeMap<String, Threshold>,
     pub(super) grace: BTreeMap<String, Duration>,
+    pub(super) reclaim: BTreeMap<String, Threshold>,
 }
 
 pub(super) fn evictions(tree: &Tree<'_>, problems: &mut Vec<Problem>) -> Evictions {
@@ -52,7 +53,9 @@ pub(super) fn evictions(tree: &Tree<'_>, problems: &mut Vec<Problem>) -> Evictio
         let what = format!("needs evictionSoftGracePeriod[{signal:?}]");
         problem(problems, &format!("evictionSoft[{signal:?}]"), what);
     }
+    let reclaim = tree.map("evictionMinimumReclaim");
     Evictions {
+        reclaim: thresholds("evictionMinimumReclaim", &reclaim, problems),
         hard: thresholds("evictionHard", &hard, problems),
         soft: thresholds("evictionSoft", &soft, problems),
         grace: grace

@@ -22,6 +22,7 @@ pub use check::Problem;
 pub use flags::{FlagError, Flags};
 pub use load::{ConfigError, load};
 
+use crate::images::access::Verification;
 use k8s_openapi::api::core::v1::Taint;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -120,6 +121,8 @@ pub struct ImageSettings {
     pub only_mirrors: bool,
     /// Configuration of programs that give credentials, and the directory they are in.
     pub credential_providers: Option<(PathBuf, PathBuf)>,
+    /// When a pod's credentials are asked for although its image is there.
+    pub verification: Verification,
 }
 
 /// A threshold such as `100Mi` or `10%`.
@@ -197,6 +200,8 @@ pub struct Config {
 
     /// Pods this node takes.
     pub max_pods: u32,
+    /// Ids of a pod with users of its own.
+    pub ids_per_pod: u32,
     /// Processes per pod; -1 is no limit.
     pub pod_pids_limit: i64,
     /// Longest time between two looks at a pod nothing happened to.
@@ -234,6 +239,10 @@ pub struct Config {
     pub eviction_soft: BTreeMap<String, Threshold>,
     /// Grace of soft thresholds by signal.
     pub eviction_soft_grace: BTreeMap<String, Duration>,
+    /// By signal, how much more than its threshold must be free before it is dealt with.
+    pub eviction_minimum_reclaim: BTreeMap<String, Threshold>,
+    /// Whether pods' limits on the node's disk are enforced.
+    pub local_storage_isolation: bool,
     /// How long a pressure condition stays after the pressure.
     pub eviction_transition_period: Duration,
     /// Longest grace of an eviction by a soft threshold, seconds.

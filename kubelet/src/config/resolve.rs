@@ -9,7 +9,9 @@ use super::load::ConfigError;
 use super::shown::effective;
 use super::tree::Tree;
 use super::{AuthorizationMode, CgroupDriver, Config, ImageSettings, ServerConfig, duration};
+use crate::images::access::{Verification, check_listed};
 use crate::quantity::Quantity;
+use crate::userns::IDS_PER_POD;
 use k8s_openapi::api::core::v1::Taint;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
@@ -100,6 +102,7 @@ pub fn resolve(
         resolv_conf: resolv_conf(&kubelet),
         pod_cidr: kubelet.text("podCIDR", ""),
         max_pods: max_pods(&kubelet, &facts),
+        ids_per_pod: ids_per_pod(&kubelet, &mut problems),
         pod_pids_limit: kubelet.int("podPidsLimit", -1).max(-1),
         sync_frequency: kubelet.duration("syncFrequency", seconds(60)),
         crash_loop_max: kubelet
@@ -127,6 +130,8 @@ pub fn resolve(
         eviction_hard: evictions.hard,
         eviction_soft: evictions.soft,
         eviction_soft_grace: evictions.grace,
+        eviction_minimum_reclaim: evictions.reclaim,
+        local_storage_isolation: kubelet.bool("localStorageCapacityIsolation", true),
         eviction_transition_period: kubelet
             .duration("evictionPressureTransitionPeriod", seconds(300)),
         eviction_max_pod_grace_s: kubelet.int("evictionMaxPodGracePeriod", 0),
@@ -255,6 +260,17 @@ fn max_pods(tree: &Tree<'_>, facts: &Facts) -> u32 {
     most.min(per_core.saturating_mul(cpus))
 }
 
+fn ids_per_pod(tree: &Tree<'_>, problems: &mut Vec<Problem>) -> u32 {
+    const PATH: &str = "userNamespaces.idsPerPod";
+    let ids: u32 = tree.int(PATH, IDS_PER_POD);
+    if !ids.is_multiple_of(IDS_PER_POD) {
+        let what = format!("must be a multiple of {IDS_PER_POD}");
+        problem(problems, PATH, what);
+        return IDS_PER_POD;
+    }
+    ids
+}
+
 /// How often status is computed, and sent without a change. Setting only the first sets both.
 fn status_frequencies(tree: &Tree<'_>) -> (Duration, Duration) {
     let update = tree.duration("nodeStatusUpdateFrequency", Duration::ZERO);
@@ -343,6 +359,27 @@ fn server(tree: &Tree<'_>, problems: &mut Vec<Problem>) -> ServerConfig {
     }
 }
 
+fn verification(tree: &Tree<'_>, problems: &mut Vec<Problem>) -> Verification {
+    const LIST: &str = "preloadedImagesVerificationAllowlist";
+    let list = tree.texts(LIST);
+    let policy = tree.text("imagePullCredentialsVerificationPolicy", "");
+    if policy != "NeverVerifyAllowlistedImages" && !list.is_empty() {
+        let what = "only with imagePullCredentialsVerificationPolicy: NeverVerifyAllowlistedImages";
+        problem(problems, LIST, what.to_owned());
+    }
+    for pattern in &list {
+        if let Some(what) = check_listed(pattern) {
+            problem(problems, LIST, format!("{pattern:?}: {what}"));
+        }
+    }
+    match policy.as_str() {
+        "NeverVerify" => Verification::Never,
+        "NeverVerifyAllowlistedImages" => Verification::UnlessListed(list),
+        "AlwaysVerify" => Verification::Always,
+        _ => Verification::UnlessPreloaded,
+    }
+}
+
 fn images(tree: &Tree<'_>, runtime: &Tree<'_>, problems: &mut Vec<Problem>) -> ImageSettings {
     let high: u8 = tree.int("imageGCHighThresholdPercent", 85);
     let low: u8 = tree.int("imageGCLowThresholdPercent", 80);
@@ -388,6 +425,7 @@ fn images(tree: &Tree<'_>, runtime: &Tree<'_>, problems: &mut Vec<Problem>) -> I
         insecure: runtime.texts("registries.insecure"),
         only_mirrors: runtime.bool("registries.onlyMirrors", false),
         credential_providers: None,
+        verification: verification(tree, problems),
     }
 }
 

@@ -257,7 +257,7 @@ pub const KUBELET_CONFIGURATION: &[Field] = &[
         PERCENT,
         "image-gc-low-threshold",
     ),
-    inert(
+    field(
         "imagePullCredentialsVerificationPolicy",
         OneOf(&[
             "NeverVerify",
@@ -267,7 +267,7 @@ pub const KUBELET_CONFIGURATION: &[Field] = &[
         ]),
         "",
     ),
-    inert("preloadedImagesVerificationAllowlist", List(&Text), ""),
+    field("preloadedImagesVerificationAllowlist", List(&Text), ""),
     // Cgroups and resources.
     field("cgroupRoot", Text, "cgroup-root"),
     field("cgroupsPerQOS", Bool, "cgroups-per-qos"),
@@ -355,9 +355,9 @@ pub const KUBELET_CONFIGURATION: &[Field] = &[
         )]),
         "",
     ),
-    inert(
+    field(
         "userNamespaces",
-        Object(&[inert("idsPerPod", Int(65_536, 4_294_967_295), "")]),
+        Object(&[field("idsPerPod", Int(65_536, 4_294_967_295), "")]),
         "",
     ),
     // Eviction.
@@ -378,14 +378,14 @@ pub const KUBELET_CONFIGURATION: &[Field] = &[
         I32,
         "eviction-max-pod-grace-period",
     ),
-    inert(
+    field(
         "evictionMinimumReclaim",
         Map(&Text),
         "eviction-minimum-reclaim",
     ),
     field("mergeDefaultEvictionSettings", Bool, ""),
     inert("kernelMemcgNotification", Bool, "kernel-memcg-notification"),
-    inert(
+    field(
         "localStorageCapacityIsolation",
         Bool,
         "local-storage-capacity-isolation",

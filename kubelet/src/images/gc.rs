@@ -6,6 +6,7 @@
 //! node names, whether it has begun or not. Images younger than the minimal age stay. A timer, as
 //! no event tells of a filling disk; what is decided is decided by pure functions.
 
+use super::access::Access;
 use crate::config::ImageSettings;
 use crate::events::{EventSink, EventType};
 use crate::pod::index::PodIndex;
@@ -15,6 +16,7 @@ use runtime::service::{FsUsage, ImageId, ImageService, ImageStatus, RuntimeServi
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -44,6 +46,23 @@ impl From<&ImageSettings> for Policy {
             low_percent: settings.gc_low_percent,
             min_age: settings.minimum_gc_age,
             max_age: settings.maximum_gc_age,
+        }
+    }
+}
+
+/// Asks the collector for room at once. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Reclaim {
+    asked: mpsc::Sender<oneshot::Sender<()>>,
+}
+
+impl Reclaim {
+    /// Has every image removed that nobody uses, however young; returns when that is done.
+    pub async fn all_unused(&self) {
+        let (done, wait) = oneshot::channel();
+        // A collector that is gone has nothing to give; the agent stops.
+        if self.asked.send(done).await.is_ok() {
+            let _ = wait.await;
         }
     }
 }
@@ -168,6 +187,11 @@ pub struct ImageGc<R> {
     records: BTreeMap<ImageId, Seen>,
     began: Instant,
     failed: bool,
+    access: Option<Arc<Access>>,
+    asks: (
+        mpsc::Sender<oneshot::Sender<()>>,
+        mpsc::Receiver<oneshot::Sender<()>>,
+    ),
 }
 
 impl<R: RuntimeService + ImageService> ImageGc<R> {
@@ -188,14 +212,30 @@ impl<R: RuntimeService + ImageService> ImageGc<R> {
             records: BTreeMap::new(),
             began: Instant::now(),
             failed: false,
+            access: None,
+            asks: mpsc::channel(1),
         }
+    }
+
+    /// For those who need room before the next look.
+    pub fn reclaim(&self) -> Reclaim {
+        Reclaim {
+            asked: self.asks.0.clone(),
+        }
+    }
+
+    /// Also forgets who could use the images that are gone.
+    #[must_use]
+    pub fn with_access(mut self, access: Arc<Access>) -> Self {
+        self.access = Some(access);
+        self
     }
 
     /// Looks every [`PERIOD`], for the first time when the node's pods are known.
     pub async fn run(mut self, stop: CancellationToken) {
-        if self.policy.high_percent >= 100 && self.policy.max_age.is_zero() {
+        let is_off = self.policy.high_percent >= 100 && self.policy.max_age.is_zero();
+        if is_off {
             info!("Image collection is switched off: imageGCHighThresholdPercent is 100");
-            return;
         }
         let known = async {
             self.index.synced().await;
@@ -210,9 +250,18 @@ impl<R: RuntimeService + ImageService> ImageGc<R> {
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                _ = timer.tick() => {}
+                Some(done) = self.asks.1.recv() => {
+                    self.remove_all_unused().await;
+                    // Who asked may have given up.
+                    let _ = done.send(());
+                    continue;
+                }
+                _ = timer.tick(), if !is_off => {}
             }
             let result = self.collect().await;
+            if let Some(access) = &self.access {
+                access.prune(|| self.runtime.list());
+            }
             if result.is_err() {
                 // Images that were too young by now may help, before the next look is due.
                 timer.reset_after(self.policy.min_age.clamp(SETTLE, PERIOD));
@@ -270,6 +319,20 @@ impl<R: RuntimeService + ImageService> ImageGc<R> {
             return Err(GcError::Removal(text));
         }
         self.make_room(young, now).await
+    }
+
+    /// Removes what nobody uses, the longest unused first.
+    async fn remove_all_unused(&mut self) {
+        let (images, used) = (self.runtime.list(), self.in_use());
+        let unused = candidates(&mut self.records, &images, &used, Instant::now());
+        for image in unused {
+            if let Err(error) = self.remove(&image, "pressure").await {
+                warn!(image = image.id.as_str(), error, "Unused image not removed");
+            }
+        }
+        if let Some(access) = &self.access {
+            access.prune(|| self.runtime.list());
+        }
     }
 
     /// Frees space when there is too little.

@@ -1,6 +1,7 @@
 //! Credentials in pull secrets, and which of them fit an image (Kubernetes: images, "Using a
 //! private registry", with its wildcard and path rules).
 
+use super::access::{SecretSource, credential_hash};
 use base64::Engine as _;
 use k8s_openapi::api::core::v1::Secret;
 use runtime::service::RegistryAuth;
@@ -11,7 +12,41 @@ use std::collections::BTreeMap;
 #[derive(Debug, Default)]
 pub struct Keyring {
     /// Host (with port and path) and credentials; most specific first.
-    entries: Vec<(String, RegistryAuth)>,
+    entries: Vec<(String, Credential)>,
+}
+
+/// Credentials, and the secret they are from; none when they are the node's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Credential {
+    /// What the registry gets.
+    pub auth: RegistryAuth,
+    /// Where they are from.
+    pub source: Option<SecretSource>,
+}
+
+impl Credential {
+    /// Of the node.
+    pub fn of_node(auth: RegistryAuth) -> Self {
+        Self { auth, source: None }
+    }
+
+    fn of_secret(auth: RegistryAuth, secret: &Secret) -> Self {
+        let credential_hash = match &auth {
+            RegistryAuth::Basic { username, password } => credential_hash(username, password),
+            RegistryAuth::Anonymous | RegistryAuth::Token(_) => String::new(),
+        };
+        let meta = &secret.metadata;
+        let source = SecretSource {
+            namespace: meta.namespace.clone().unwrap_or_default(),
+            name: meta.name.clone().unwrap_or_default(),
+            uid: meta.uid.clone().unwrap_or_default(),
+            credential_hash,
+        };
+        Self {
+            auth,
+            source: Some(source),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -67,7 +102,8 @@ impl Keyring {
             };
             match found {
                 Ok(found) => entries.extend(found.into_iter().filter_map(|(location, entry)| {
-                    entry.credentials().map(|c| (key(&location), c))
+                    let auth = entry.credentials()?;
+                    Some((key(&location), Credential::of_secret(auth, secret)))
                 })),
                 Err(error) => {
                     let name = secret.metadata.name.as_deref().unwrap_or_default();
@@ -80,18 +116,19 @@ impl Keyring {
 
     /// Takes locations with their credentials as they are.
     pub fn of(entries: impl Iterator<Item = (String, RegistryAuth)>) -> Self {
-        Self::sorted(entries.map(|(at, auth)| (key(&at), auth)).collect())
+        let entries = entries.map(|(at, auth)| (key(&at), Credential::of_node(auth)));
+        Self::sorted(entries.collect())
     }
 
-    fn sorted(mut entries: Vec<(String, RegistryAuth)>) -> Self {
+    fn sorted(mut entries: Vec<(String, Credential)>) -> Self {
         // The longer of two that fit must come first.
         entries.sort_by(|(a, _), (b, _)| b.cmp(a));
         Self { entries }
     }
 
     /// Credentials to try for `repository` (`host/path`), in order; none is anonymous.
-    pub fn lookup(&self, repository: &str) -> Vec<RegistryAuth> {
-        let mut fitting: Vec<RegistryAuth> = self
+    pub fn lookup(&self, repository: &str) -> Vec<Credential> {
+        let mut fitting: Vec<Credential> = self
             .entries
             .iter()
             .filter(|(key, _)| fits(key, repository))
@@ -177,7 +214,7 @@ mod tests {
     }
 
     fn users(keyring: &Keyring, repository: &str) -> Vec<String> {
-        let of = |a| match a {
+        let of = |c: Credential| match c.auth {
             RegistryAuth::Basic { username, password } => format!("{username}:{password}"),
             RegistryAuth::Anonymous | RegistryAuth::Token(_) => String::new(),
         };

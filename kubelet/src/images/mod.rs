@@ -10,17 +10,19 @@
 //! The runtime shares identical downloads; this layer must therefore never hold one pod's pull
 //! back behind another pod's pull of the same image.
 
+pub mod access;
 mod backoff;
 pub mod gc;
 mod keyring;
 mod pace;
 pub mod provider;
 
-pub use keyring::Keyring;
+pub use keyring::{Credential, Keyring};
 
 use crate::config::ImageSettings;
 use crate::events::{EventSink, EventType, field_path};
 use crate::metrics;
+use access::{Access, PulledWith};
 use backoff::BackOff;
 use k8s_openapi::api::core::v1::{Pod, Secret};
 use pace::Pace;
@@ -122,6 +124,7 @@ pub struct ImagePuller<R> {
     backoff: BackOff,
     pace: Pace,
     providers: Providers,
+    access: Option<Arc<Access>>,
 }
 
 impl<R: ImageService> ImagePuller<R> {
@@ -133,7 +136,15 @@ impl<R: ImageService> ImagePuller<R> {
             backoff: BackOff::default(),
             pace: Pace::new(settings),
             providers: Providers::default(),
+            access: None,
         }
+    }
+
+    /// Keeps images that were pulled with credentials from pods that do not have them.
+    #[must_use]
+    pub fn with_access(mut self, access: Arc<Access>) -> Self {
+        self.access = Some(access);
+        self
     }
 
     /// Also asks these programs for credentials, after pull secrets.
@@ -177,6 +188,8 @@ impl<R: ImageService> ImagePuller<R> {
             Policy::Always => None,
             Policy::IfNotPresent | Policy::Never => self.runtime.status(image),
         };
+        let repository = reference::repository(&name);
+        let present = present.filter(|status| self.may_use(request, &repository, status));
         match (present, policy) {
             (Some(status), _) => {
                 let message = format!(
@@ -203,10 +216,20 @@ impl<R: ImageService> ImagePuller<R> {
                 })
             }
             (None, Policy::Always | Policy::IfNotPresent) => {
-                self.pull(request, image, &reference::repository(&name))
-                    .await
+                self.pull(request, image, &repository).await
             }
         }
+    }
+
+    /// Whether the pod may use an image that is there without asking the registry.
+    fn may_use(&self, request: &PullRequest<'_>, repository: &str, status: &ImageStatus) -> bool {
+        let secrets = || {
+            let keyring = Keyring::new(request.secrets.iter().map(AsRef::as_ref));
+            let fitting = keyring.lookup(repository).into_iter();
+            fitting.filter_map(|c| c.source).collect()
+        };
+        let access = self.access.as_ref();
+        access.is_none_or(|a| a.may_use(request.image, &status.id.0, secrets))
     }
 
     async fn pull(
@@ -234,11 +257,21 @@ impl<R: ImageService> ImagePuller<R> {
         let asked = Instant::now();
         let keyring = Keyring::new(request.secrets.iter().map(AsRef::as_ref));
         let mut credentials = keyring.lookup(repository);
-        credentials.extend(self.providers.lookup(repository).await);
+        let of_node = self.providers.lookup(repository).await;
+        credentials.extend(of_node.into_iter().map(Credential::of_node));
+        let auths: Vec<_> = credentials.iter().map(|c| c.auth.clone()).collect();
         let _slot = self.pace.enter(image).await;
         let started = Instant::now();
-        match self.runtime.pull(image, &credentials).await {
-            Ok(status) => {
+        let pulling = self.access.as_ref().map(|a| a.begin(image));
+        match self.runtime.pull(image, &auths).await {
+            Ok(pulled) => {
+                let status = pulled.status;
+                let used = pulled.credential.and_then(|index| credentials.get(index));
+                let secret = used.and_then(|c| c.source.clone());
+                if let Some(pulling) = pulling {
+                    let with = secret.map_or(PulledWith::Node, PulledWith::Secret);
+                    pulling.done(&status.id.0, with);
+                }
                 self.backoff.forget(uid, image);
                 let (own, all) = (started.elapsed(), asked.elapsed());
                 let size = metrics::image_size(status.size_bytes);
@@ -254,6 +287,9 @@ impl<R: ImageService> ImagePuller<R> {
                 Ok(status)
             }
             Err(error) => {
+                if let Some(pulling) = pulling {
+                    pulling.failed();
+                }
                 let message = error.message;
                 let event = format!("Failed to pull image {image:?}: {message}");
                 self.tell(request, EventType::Warning, "Failed", event);

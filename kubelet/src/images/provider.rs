@@ -214,7 +214,10 @@ impl Providers {
                 continue;
             }
             match provider.credentials(repository).await {
-                Ok(found) => credentials.extend(found.lookup(repository)),
+                Ok(found) => {
+                    let found = found.lookup(repository);
+                    credentials.extend(found.into_iter().map(|c| c.auth));
+                }
                 Err(error) => {
                     warn!(
                         provider = provider.name,
@@ -346,7 +349,7 @@ impl Provider {
         let output = tokio::task::spawn_blocking(move || command.run())
             .await
             .map_err(|e| e.to_string())?
-            .map_err(|e| crate::api::endpoint::chain(&e))?;
+            .map_err(|e| crate::errors::chain(&e))?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
             return Err(format!("it ended with {}: {}", output.status, said.trim()));

@@ -1,7 +1,7 @@
 use super::*;
 use k8s_openapi::api::core::v1::Container;
 use runtime::service::{
-    FsUsage, ImageConfig, ImageId, RegistryAuth, RuntimeError, RuntimeErrorKind,
+    FsUsage, ImageConfig, ImageId, Pulled, RegistryAuth, RuntimeError, RuntimeErrorKind,
 };
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -43,11 +43,7 @@ impl ImageService for Images {
     fn list(&self) -> Vec<ImageStatus> {
         Vec::new()
     }
-    async fn pull(
-        &self,
-        image: &str,
-        auth: &[RegistryAuth],
-    ) -> runtime::service::Result<ImageStatus> {
+    async fn pull(&self, image: &str, auth: &[RegistryAuth]) -> runtime::service::Result<Pulled> {
         self.pulls
             .lock()
             .unwrap()
@@ -65,7 +61,10 @@ impl ImageService for Images {
             });
         }
         self.stored.lock().unwrap().push(image.to_owned());
-        Ok(status(image))
+        Ok(Pulled {
+            status: status(image),
+            credential: (!auth.is_empty()).then_some(0),
+        })
     }
     async fn remove(&self, _: &str) -> runtime::service::Result<()> {
         Ok(())
@@ -89,6 +88,7 @@ fn settings(parallel: usize) -> ImageSettings {
         insecure: Vec::new(),
         only_mirrors: false,
         credential_providers: None,
+        verification: access::Verification::default(),
     }
 }
 

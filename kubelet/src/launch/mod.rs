@@ -51,6 +51,8 @@ pub const ANNOTATION_HASH: &str = "io.kubernetes.container.hash";
 pub const ANNOTATION_RESTART_COUNT: &str = "io.kubernetes.container.restartCount";
 /// Annotation: the restart back-off an instance was started with, nanoseconds.
 pub const ANNOTATION_BACKOFF: &str = "io.ferrule.container.backoff";
+/// Annotation: the round of its pod an instance was started in, see `pod::rounds`.
+pub const ANNOTATION_ROUND: &str = "io.ferrule.container.round";
 /// Annotation: path of the termination message in the container.
 pub const ANNOTATION_TERMINATION_PATH: &str = "io.kubernetes.container.terminationMessagePath";
 /// Annotation: `File` or `FallbackToLogsOnError`.

@@ -3,10 +3,11 @@
 use super::capacity::share_of;
 use super::machine::{Filesystem, Machine, Usage};
 use crate::config::Threshold;
+use crate::eviction::thresholds::Pressure;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::NodeCondition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What conditions are derived from.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub struct Inputs<'a> {
     pub usage: &'a Usage,
     /// Hard thresholds.
     pub thresholds: &'a BTreeMap<String, Threshold>,
+    /// What the node is known to run short of, or did until a while ago.
+    pub pressures: &'a BTreeSet<Pressure>,
     /// The runtime's word on the network.
     pub network: &'a Result<(), String>,
     /// Other reasons not to be ready, in words (a subsystem that does not work).
@@ -48,11 +51,13 @@ fn below(threshold: Option<&Threshold>, available: u64, capacity: u64) -> bool {
 pub fn verdicts(inputs: &Inputs<'_>) -> Vec<Verdict> {
     let at = |signal: &str| inputs.thresholds.get(signal);
     let usage = inputs.usage;
-    let memory = below(
-        at("memory.available"),
-        usage.memory_available_bytes,
-        inputs.machine.memory_bytes,
-    );
+    let known = |pressure| inputs.pressures.contains(&pressure);
+    let memory = known(Pressure::Memory)
+        || below(
+            at("memory.available"),
+            usage.memory_available_bytes,
+            inputs.machine.memory_bytes,
+        );
     let full = |fs: &Filesystem, name: &str| {
         fs.capacity_bytes > 0
             && (below(
@@ -62,9 +67,10 @@ pub fn verdicts(inputs: &Inputs<'_>) -> Vec<Verdict> {
             ) || (fs.inodes > 0
                 && below(at(&format!("{name}.inodesFree")), fs.inodes_free, fs.inodes)))
     };
-    let disk = full(&usage.nodefs, "nodefs") || full(&usage.imagefs, "imagefs");
+    let disk =
+        known(Pressure::Disk) || full(&usage.nodefs, "nodefs") || full(&usage.imagefs, "imagefs");
     let pids_left = usage.pid_max.saturating_sub(usage.pids);
-    let pid = below(at("pid.available"), pids_left, usage.pid_max);
+    let pid = known(Pressure::Pid) || below(at("pid.available"), pids_left, usage.pid_max);
     vec![
         pressure(
             "MemoryPressure",
@@ -184,6 +190,7 @@ mod tests {
             machine: &machine,
             usage: &usage,
             thresholds: &thresholds,
+            pressures: &BTreeSet::new(),
             network: &network,
             troubles: &[],
         };
@@ -254,6 +261,7 @@ mod tests {
             machine: &machine,
             usage: &usage,
             thresholds: &BTreeMap::new(),
+            pressures: &BTreeSet::new(),
             network: &Err("cni config uninitialized".to_owned()),
             troubles: &[],
         };

@@ -16,12 +16,13 @@ mod watch;
 
 use crate::api::Clients;
 use crate::config::Config;
+use crate::eviction::thresholds::Pressure;
 use capacity::Amounts;
 use k8s_openapi::api::core::v1::Node as NodeObject;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use machine::Machine;
 use runtime::service::{ImageService, RuntimeService};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use tokio::sync::watch as channel;
@@ -37,6 +38,7 @@ pub struct NodeHandle {
 struct Inner {
     node: channel::Sender<Option<Arc<NodeObject>>>,
     troubles: channel::Sender<BTreeMap<&'static str, String>>,
+    pressures: channel::Sender<BTreeSet<Pressure>>,
     capacity: Amounts,
     allocatable: Amounts,
     host_ips: Vec<IpAddr>,
@@ -52,6 +54,7 @@ impl NodeHandle {
             inner: Arc::new(Inner {
                 node: channel::Sender::new(None),
                 troubles: channel::Sender::new(BTreeMap::new()),
+                pressures: channel::Sender::new(BTreeSet::new()),
                 capacity,
                 allocatable,
                 host_ips: config.node_ips.clone(),
@@ -125,6 +128,24 @@ impl NodeHandle {
             Some(_) => false,
             None => all.remove(part).is_some(),
         });
+    }
+
+    /// Says what the node runs short of.
+    pub fn set_pressures(&self, pressures: BTreeSet<Pressure>) {
+        self.inner.pressures.send_if_modified(|known| {
+            let changed = *known != pressures;
+            *known = pressures;
+            changed
+        });
+    }
+
+    /// What the node runs short of.
+    pub fn pressures(&self) -> BTreeSet<Pressure> {
+        self.inner.pressures.borrow().clone()
+    }
+
+    fn subscribe_pressures(&self) -> channel::Receiver<BTreeSet<Pressure>> {
+        self.inner.pressures.subscribe()
     }
 
     fn troubles(&self) -> Vec<String> {

@@ -48,12 +48,14 @@ impl<R: RuntimeService + ImageService> Reporter<R> {
         let mut conf_dir = None;
         let mut nodes = self.handle.subscribe();
         let mut troubles = self.handle.subscribe_troubles();
+        let mut pressures = self.handle.subscribe_pressures();
         loop {
             if conf_dir.is_none() {
                 conf_dir = PathWatch::directory(&self.config.cni_conf_dir).ok();
             }
             nodes.mark_unchanged();
             troubles.mark_unchanged();
+            pressures.mark_unchanged();
             let status = self.compute();
             let wait = match self.step(&status).await {
                 Ok(()) => {
@@ -77,6 +79,7 @@ impl<R: RuntimeService + ImageService> Reporter<R> {
                 () = tokio::time::sleep(wait) => {}
                 Ok(()) = nodes.changed(), if !quiet => {}
                 Ok(()) = troubles.changed(), if !quiet => {}
+                Ok(()) = pressures.changed(), if !quiet => {}
                 () = conf_changed(&mut conf_dir), if !quiet => {}
             }
         }
@@ -135,6 +138,7 @@ impl<R: RuntimeService + ImageService> Reporter<R> {
             machine: &self.machine,
             usage: &usage,
             thresholds: &self.config.eviction_hard,
+            pressures: &self.handle.pressures(),
             network: &network,
             troubles: &self.handle.troubles(),
         });

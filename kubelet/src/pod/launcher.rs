@@ -101,6 +101,7 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
             allowed_unsafe_sysctls: self.allowed_unsafe_sysctls.clone(),
             node_name: launch.node_name.clone(),
             node: self.node.node(),
+            pressures: self.node.pressures(),
             declared_features: DECLARED_FEATURES,
             // Containers are not put under AppArmor here, whatever the kernel can do.
             apparmor: false,

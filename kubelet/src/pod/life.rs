@@ -19,6 +19,8 @@ use super::spec::{self, ContainerKind};
 use super::state::{BackoffLimits, EndingNote};
 use super::worker::WorkerDeps;
 use crate::events::EventSink;
+use crate::eviction::rank::Eviction;
+use crate::launch::ANNOTATION_ROUND;
 use crate::observe::is_running;
 use crate::probes::{ProbeKind, ProbeUpdate, Probes};
 use crate::source::{PodChange, Source};
@@ -67,6 +69,8 @@ enum Chance {
     Delete(i64),
     /// Removed from the apiserver by force.
     Gone,
+    /// The node runs short. An agent that is killed meanwhile may forget it.
+    Evict,
     /// The apiserver goes away or comes back.
     Outage(bool),
     /// The agent is killed and another one starts.
@@ -85,6 +89,7 @@ fn chances() -> impl Strategy<Value = Vec<Chance>> {
         2 => Just(Chance::LoseSandbox),
         1 => (0..40_i64).prop_map(Chance::Delete),
         1 => Just(Chance::Gone),
+        1 => Just(Chance::Evict),
         3 => any::<bool>().prop_map(Chance::Outage),
         6 => Just(Chance::KillAgent),
         12 => (1..12_u32).prop_map(Chance::Pass),
@@ -98,6 +103,10 @@ fn chances() -> impl Strategy<Value = Vec<Chance>> {
 fn shape(which: usize, policy: &str) -> Pod {
     let probe = json!({"exec": {"command": ["true"]}, "initialDelaySeconds": 100_000});
     let sidecar = json!({"name": "s", "image": "s:1", "restartPolicy": "Always"});
+    let rule = json!({"action": "RestartAllContainers",
+        "exitCodes": {"operator": "In", "values": [2]}});
+    let restarter = json!({"name": "a", "image": "a:1", "restartPolicy": policy,
+        "restartPolicyRules": [rule]});
     let hooked = json!({"name": "a", "image": "a:1", "lifecycle":
         {"preStop": {"sleep": {"seconds": 5}}, "postStart": {"sleep": {"seconds": 1}}}});
     let spec = [
@@ -106,6 +115,8 @@ fn shape(which: usize, policy: &str) -> Pod {
             "containers": [{"name": "a", "image": "a:1", "readinessProbe": probe}]}),
         json!({"initContainers": [sidecar, {"name": "i", "image": "i:1"}],
             "containers": [hooked, {"name": "b", "image": "b:1", "readinessProbe": probe}]}),
+        json!({"initContainers": [{"name": "i", "image": "i:1"}, sidecar],
+            "containers": [restarter, {"name": "b", "image": "b:1", "readinessProbe": probe}]}),
     ];
     let mut spec = spec[which].clone();
     spec["restartPolicy"] = json!(policy);
@@ -285,6 +296,7 @@ impl StatusApi for Apiserver {
 /// A running agent.
 struct Agent {
     changes: mpsc::Sender<PodChange>,
+    evictions: mpsc::Sender<Eviction>,
     probes: mpsc::Sender<ProbeUpdate>,
     tasks: Vec<JoinHandle<()>>,
     cancel: CancellationToken,
@@ -315,10 +327,12 @@ impl Agent {
         });
         let (changes, changes_rx) = mpsc::channel(64);
         let (_, objects) = mpsc::channel(1);
+        let (evictions, evictions_rx) = mpsc::channel(8);
         let inputs = Inputs {
             changes: changes_rx,
             probes: probe_updates,
             objects,
+            evictions: evictions_rx,
             heartbeat: Arc::default(),
         };
         let task = publisher.task(world.api.clone());
@@ -328,6 +342,7 @@ impl Agent {
         ];
         Self {
             changes,
+            evictions,
             probes: probe_tx,
             tasks,
             cancel,
@@ -506,6 +521,17 @@ impl World {
                     self.send(PodChange::Gone(Arc::new(self.pod.clone()))).await;
                 }
             }
+            Chance::Evict => {
+                if let Some(agent) = &self.agent {
+                    let eviction = Eviction {
+                        uid: UID.to_owned(),
+                        message: "The node was low on resource: memory. ".to_owned(),
+                        grace_s: 1,
+                        signal: "memory.available",
+                    };
+                    let _ = agent.evictions.send(eviction).await;
+                }
+            }
             Chance::Outage(away) => {
                 self.api.held.lock().unwrap().away = away;
                 self.show().await;
@@ -535,7 +561,13 @@ impl World {
     fn check(&mut self) {
         let all = self.runtime.list_containers(None);
         let mut names = BTreeSet::new();
+        let latest = all.iter().map(round).max().unwrap_or(0);
         for running in all.iter().filter(|c| is_running(c)) {
+            assert!(
+                round(running) == latest || running.config.name == "e",
+                "{} runs on in the round after its own",
+                running.config.name
+            );
             assert!(
                 names.insert(running.config.name.clone()),
                 "two instances of {} run",
@@ -596,6 +628,12 @@ impl World {
     }
 }
 
+/// The round of its pod an instance belongs to.
+fn round(instance: &ContainerStatus) -> u32 {
+    let recorded = instance.config.annotations.get(ANNOTATION_ROUND);
+    recorded.map_or(0, |n| n.parse().unwrap())
+}
+
 /// Whether the init containers of a sandbox were through before a main container was made.
 #[track_caller]
 fn initialized(
@@ -622,7 +660,8 @@ fn initialized(
                 // A sidecar only has to have been started.
                 _ => c.created_at_ns < main.created_at_ns,
             };
-            c.config.name == *name && before && c.sandbox_id == main.sandbox_id
+            let together = c.sandbox_id == main.sandbox_id && round(c) == round(main);
+            c.config.name == *name && before && together
         });
         assert!(
             through,
@@ -646,7 +685,7 @@ proptest! {
     #[test]
     fn no_random_life_breaks_a_rule_whenever_agents_are_killed(
         life in chances(),
-        which in 0..3_usize,
+        which in 0..4_usize,
         policy in prop_oneof![Just("Always"), Just("OnFailure"), Just("Never")],
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread()

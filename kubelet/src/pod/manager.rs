@@ -15,6 +15,7 @@ use super::state::Cause;
 use super::worker::{Desired, Mailbox, Worker, WorkerDeps};
 use super::{measure, spec};
 use crate::events::EventType;
+use crate::eviction::rank::{EVICTED, Eviction};
 use crate::metrics::metrics;
 use crate::probes::ProbeUpdate;
 use crate::source::{self, PodChange, Source};
@@ -110,6 +111,8 @@ pub struct Inputs {
     /// Namespaces in which a ConfigMap or Secret changed: what failed for want of one there is
     /// tried again at once.
     pub objects: mpsc::Receiver<String>,
+    /// Pods to end because the node runs short.
+    pub evictions: mpsc::Receiver<Eviction>,
     /// Shows that the manager goes round.
     pub heartbeat: Arc<Heartbeat>,
 }
@@ -193,6 +196,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
                         }
                     }
                 }
+                Some(eviction) = inputs.evictions.recv() => self.evict(eviction),
                 event = news.recv() => self.news(event),
                 () = room.notified() => self.grant_waiting(),
                 Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
@@ -267,6 +271,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
             resize: ResizeNews::default(),
             gone: false,
             rejected: None,
+            grace_s: None,
         };
         if self.has_namesake(&desired.pod) {
             info!(
@@ -415,6 +420,20 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
         }
     }
 
+    /// Ends a pod because the node runs short.
+    fn evict(&self, eviction: Eviction) {
+        let Some(worker) = self.workers.get(&eviction.uid) else {
+            return;
+        };
+        worker.desired.send_modify(|d| {
+            d.rejected = Some(Cause::Failed {
+                reason: EVICTED.to_owned(),
+                message: eviction.message,
+            });
+            d.grace_s = Some(eviction.grace_s);
+        });
+    }
+
     /// The pods that use resources of the node beside `uid`, as they were granted.
     pub(super) fn others(&self, uid: &str) -> Vec<Arc<Pod>> {
         let others = self.workers.iter().filter(|(other, _)| *other != uid);
@@ -561,6 +580,7 @@ impl<R: RuntimeService, E: PodEnvironment> Manager<R, E> {
             resize: ResizeNews::default(),
             gone: true,
             rejected: None,
+            grace_s: None,
         });
     }
 }

@@ -20,6 +20,7 @@ pub mod mirror;
 mod old_logs;
 pub mod plan;
 pub mod resize;
+pub mod rounds;
 pub mod spec;
 pub mod state;
 mod termination;

@@ -161,7 +161,7 @@ pub fn should_restart(spec: &PodSpec, container: ContainerRef<'_>, exit_code: i3
     if container.kind == ContainerKind::Ephemeral {
         return false;
     }
-    if matching_rule(container.spec, exit_code).is_some_and(|r| r.action == "Restart") {
+    if rule_action(container.spec, exit_code).is_some() {
         return true;
     }
     let policy = match &container.spec.restart_policy {
@@ -174,6 +174,29 @@ pub fn should_restart(spec: &PodSpec, container: ContainerRef<'_>, exit_code: i3
             exit_code != 0
         }
         (_, RestartPolicy::Never) | (ContainerKind::Ephemeral, RestartPolicy::Always) => false,
+    }
+}
+
+/// What a restart rule says of an end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RestartAction {
+    /// This container runs again.
+    Restart,
+    /// All containers of the pod run again, from the start (KEP-5532).
+    RestartAll,
+}
+
+impl RestartAction {
+    /// The API's word for [`Self::RestartAll`].
+    pub const ALL: &str = "RestartAllContainers";
+}
+
+/// What the restart rules of a container say of this exit code, if they say anything.
+pub fn rule_action(container: &Container, exit_code: i32) -> Option<RestartAction> {
+    match matching_rule(container, exit_code)?.action.as_str() {
+        "Restart" => Some(RestartAction::Restart),
+        RestartAction::ALL => Some(RestartAction::RestartAll),
+        _ => None,
     }
 }
 

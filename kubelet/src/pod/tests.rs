@@ -1,6 +1,7 @@
 //! Pods from source to publisher on the engine in memory.
 
 mod resize;
+mod rounds;
 
 use super::admission::Admission;
 use super::clock::Clock;
@@ -15,6 +16,7 @@ use super::resize::queue::compute_requests;
 use super::state::{BackoffLimits, EndingNote};
 use super::worker::WorkerDeps;
 use crate::events::EventSink;
+use crate::eviction::rank::Eviction;
 use crate::observe::is_running;
 use crate::probes::Probes;
 use crate::source::{PodChange, Source};
@@ -188,6 +190,7 @@ struct Lab {
     index: PodIndex,
     changes: mpsc::Sender<PodChange>,
     objects: mpsc::Sender<String>,
+    evictions: mpsc::Sender<Eviction>,
     cancel: CancellationToken,
 }
 
@@ -225,10 +228,12 @@ impl Lab {
         });
         tokio::spawn(publisher.task(api.clone()).run(cancel.clone()));
         let (objects, objects_rx) = mpsc::channel(8);
+        let (evictions, evictions_rx) = mpsc::channel(8);
         let inputs = Inputs {
             changes: changes_rx,
             probes: probes_rx,
             objects: objects_rx,
+            evictions: evictions_rx,
             heartbeat: Arc::default(),
         };
         let mirrors = Mirrors::new(publisher, index.clone());
@@ -242,6 +247,7 @@ impl Lab {
             index,
             changes,
             objects,
+            evictions,
             cancel,
         }
     }

@@ -23,6 +23,7 @@ use super::state::{
     Terminating, UnhealthyKind,
 };
 use crate::events::{EventSink, EventType, field_path};
+use crate::eviction::rank::EVICTED;
 use crate::observe::{self, PodObservation};
 use crate::probes::{ProbeKind, ProbeUpdate, Probes};
 use crate::status::derive::{DeriveInput, derive};
@@ -72,6 +73,8 @@ pub struct Desired {
     pub gone: bool,
     /// The node refuses it, or ends it for the sake of others.
     pub rejected: Option<Cause>,
+    /// Seconds it has for that; none for what its spec says.
+    pub grace_s: Option<u64>,
 }
 
 /// Ways to reach a worker besides its desired pod.
@@ -130,6 +133,7 @@ pub struct Worker<R: RuntimeService, E: PodEnvironment> {
     pub(super) messages: BTreeMap<ContainerId, String>,
     pub(super) resize: ResizeTracker,
     ended: Option<Cause>,
+    ended_grace_s: Option<u64>,
     announced_backoff: BTreeMap<String, ContainerId>,
     status: Arc<PodStatus>,
     published: bool,
@@ -193,6 +197,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             messages: BTreeMap::new(),
             resize,
             ended: None,
+            ended_grace_s: None,
             announced_backoff: BTreeMap::new(),
             status: Arc::new(reported),
             published: false,
@@ -262,6 +267,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
             health: &self.health,
             backoffs: &self.backoffs,
             ended: self.ended.as_ref(),
+            ended_grace_s: self.ended_grace_s,
             resize: self.resize.view(),
             start_time_ns: nanoseconds(self.start_time),
             now_ns: nanoseconds(now),
@@ -313,10 +319,9 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
                 pull.abort();
             }
             if let Cause::Failed { reason, message } = &ending.cause {
-                let type_ = if reason == admission::PREEMPTING {
-                    EventType::Warning
-                } else {
-                    EventType::Normal
+                let type_ = match reason.as_str() {
+                    admission::PREEMPTING | EVICTED => EventType::Warning,
+                    _ => EventType::Normal,
                 };
                 self.deps
                     .events

@@ -8,6 +8,7 @@
 //! size (hyper's own), no request body is read.
 
 pub mod auth;
+mod debug;
 mod health;
 pub mod logs;
 mod node_logs;

@@ -2,7 +2,7 @@
 //! configuration, logs of the node. Shared by the HTTPS API and the read-only port.
 
 use super::routes::{Body, json, query, text};
-use super::{Server, health, node_logs, zpages};
+use super::{Server, debug, health, node_logs, zpages};
 use crate::metrics::text::{CONTENT_TYPE as METRICS_TYPE, Family, Page};
 use crate::metrics::{self, metrics};
 use crate::node::object::KUBELET_VERSION;
@@ -141,6 +141,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
                 StatusCode::METHOD_NOT_ALLOWED,
                 "profiling endpoint is disabled.\n",
             ),
+            ["debug", ..] if get => return debug::answer(&parts[1..]),
             ["runningpods"] | ["logs", ..] => {
                 text(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed")
             }

@@ -11,7 +11,7 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
-use hyper::{Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use runtime::service::{ImageService, RuntimeService};
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -211,6 +211,11 @@ impl<R: RuntimeService + ImageService> Server<R> {
             ["containerLogs", namespace, pod, container] if debugging => {
                 self.container_logs(&request, namespace, pod, container)
             }
+            ["checkpoint", namespace, pod, container]
+                if debugging && *request.method() == Method::POST =>
+            {
+                self.checkpoint(&request, namespace, pod, container)
+            }
             ["exec" | "attach" | "portForward" | "run", ..] if debugging => {
                 self.streams(request, &parts).await
             }
@@ -246,7 +251,7 @@ impl<R: RuntimeService + ImageService> Server<R> {
 }
 
 /// Whether a pod has a container of that name, of any kind.
-fn declares(entry: &PodEntry, name: &str) -> bool {
+pub(super) fn declares(entry: &PodEntry, name: &str) -> bool {
     let Some(spec) = &entry.pod.spec else {
         return false;
     };

@@ -6,6 +6,7 @@
 use super::manifest::{self, MAX_BYTES, Origin};
 use super::published::{self, Published};
 use super::{PodChange, Source};
+use crate::errors::chain;
 use crate::events::{EventSink, EventType};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use jiff::Timestamp;
@@ -177,17 +178,6 @@ fn headers(given: &BTreeMap<String, Vec<String>>) -> Result<HeaderMap, HttpError
         }
     }
     Ok(headers)
-}
-
-/// An error with its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text.push_str(&format!(": {inner}"));
-        cause = inner.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -130,20 +130,39 @@ impl<R: RuntimeService + ImageService> Stats<R> {
                 Some(pod)
             })
             .collect();
-        let mut node = self.node(now);
+        let mut node = self.whole_node(now, nodefs.as_ref());
         node.network = linux::netdev::interfaces(None)
             .ok()
             .map(|all| network(Time(now), &all));
-        node.fs = nodefs.as_ref().map(|fs| fs.stats(Time(now), None));
-        if let Some(fs) = &mut node.fs {
-            fs.used_bytes = nodefs.as_ref().map(Filesystem::used);
-            fs.inodes_used = nodefs.as_ref().map(Filesystem::inodes_used);
-        }
         node.runtime = imagefs.as_ref().map(|fs| self.runtime_fs(fs, &pods, now));
-        node.rlimit = Some(rlimit(now));
         self.disk.prune();
         self.rates.prune(now_ns(now));
         Summary { node, pods }
+    }
+
+    /// What the node has left, without its pods. Blocks shortly.
+    pub fn node_only(&self) -> Summary {
+        let now = Timestamp::now();
+        let nodefs = Filesystem::of(&self.config.root_dir);
+        let imagefs = Filesystem::of(&self.config.runtime_root);
+        let mut node = self.whole_node(now, nodefs.as_ref());
+        node.runtime = imagefs.as_ref().map(|fs| self.runtime_fs(fs, &[], now));
+        Summary {
+            node,
+            pods: Vec::new(),
+        }
+    }
+
+    /// The node with its filesystem and processes.
+    fn whole_node(&self, now: Timestamp, nodefs: Option<&Filesystem>) -> NodeStats {
+        let mut node = self.node(now);
+        node.fs = nodefs.map(|fs| fs.stats(Time(now), None));
+        if let Some(fs) = &mut node.fs {
+            fs.used_bytes = nodefs.map(Filesystem::used);
+            fs.inodes_used = nodefs.map(Filesystem::inodes_used);
+        }
+        node.rlimit = Some(rlimit(now));
+        node
     }
 
     /// The part that `only_cpu_and_memory=true` and `/metrics/resource` want. Blocks shortly.

@@ -1,8 +1,10 @@
 //! The pod conditions a node writes. Pure.
 
 use super::derive::{DeriveInput, is_terminal_phase};
+use crate::eviction::rank::{EVICTED, NODE_LOW};
 use crate::pod::admission;
 use crate::pod::resize;
+use crate::pod::rounds::{self, Round};
 use crate::pod::spec::{self, ContainerKind};
 use crate::pod::state::{Cause, Lifecycle};
 use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition, PodSpec, PodStatus};
@@ -21,9 +23,12 @@ pub(crate) const OWNED: [&str; 5] = [
 /// under way.
 const RESIZE: [&str; 2] = [resize::PENDING, resize::IN_PROGRESS];
 
+/// All containers start anew because one ended (KEP-5532). Only pods with such a rule have it.
+const RESTARTING: &str = "AllContainersRestarting";
+
 /// Whether a condition type is this node's.
 fn is_owned(type_: &str) -> bool {
-    OWNED.contains(&type_) || RESIZE.contains(&type_)
+    OWNED.contains(&type_) || RESIZE.contains(&type_) || type_ == RESTARTING
 }
 
 /// A pod is ended for the sake of others. Several may write it; it is ours with our reason.
@@ -79,8 +84,10 @@ pub(super) fn conditions(
         .filter(|c| !is_owned(&c.type_))
         .cloned()
         .collect();
-    if preempted(input) && !all.iter().any(|c| c.type_ == DISRUPTION_TARGET) {
-        all.push(disruption_target(input));
+    if let Some(message) = disrupted(input)
+        && !all.iter().any(|c| c.type_ == DISRUPTION_TARGET)
+    {
+        all.push(disruption_target(input, message));
     }
     let containers_ready = containers_ready(spec, status);
     let ready = ready(spec, &containers_ready, &all);
@@ -101,25 +108,57 @@ pub(super) fn conditions(
     for (type_, value) in OWNED.iter().zip(values) {
         all.push(condition(input, previous, type_, value));
     }
+    if rounds::could_restart_all(spec) {
+        let value = restarting(input, spec, status);
+        all.push(PodCondition {
+            observed_generation: None,
+            ..condition(input, previous, RESTARTING, value)
+        });
+    }
     all
 }
 
-/// Whether the node ends the pod for the sake of another.
-fn preempted(input: &DeriveInput<'_>) -> bool {
+/// Whether a container ended so that all restart, and they have not begun yet.
+fn restarting(input: &DeriveInput<'_>, spec: &PodSpec, status: &PodStatus) -> Value {
+    match status.phase.as_deref() {
+        Some("Succeeded") => return Value::no("PodCompleted"),
+        Some("Failed") => return Value::no("PodFailed"),
+        _ => {}
+    }
+    let under_way = Round::of(spec, input.observed).source().is_some();
+    Value {
+        status: under_way,
+        reason: under_way.then_some("RestartAllContainersStarted"),
+        message: under_way.then(|| "container exited with restart policy rule".to_owned()),
+    }
+}
+
+/// What users read of a pod that the node ends for the sake of others; none when it ends for a
+/// reason of its own.
+fn disrupted<'a>(input: &DeriveInput<'a>) -> Option<&'a str> {
     let cause = match input.lifecycle {
         Lifecycle::Terminating(ending) => &ending.cause,
         Lifecycle::Terminated(cause) => cause,
-        Lifecycle::Syncing | Lifecycle::Finished => return false,
+        Lifecycle::Syncing | Lifecycle::Finished => return None,
     };
-    matches!(cause, Cause::Failed { reason, .. } if reason == admission::PREEMPTING)
+    match cause {
+        Cause::Failed { reason, .. } if reason == admission::PREEMPTING => {
+            Some("Pod was preempted by Kubelet to accommodate a critical pod.")
+        }
+        // What a pod takes beyond its own limits is its own doing.
+        Cause::Failed { reason, message } if reason == EVICTED => {
+            Some(message.as_str()).filter(|m| m.starts_with(NODE_LOW))
+        }
+        Cause::Failed { .. } | Cause::Completed | Cause::Deleted => None,
+    }
 }
 
-fn disruption_target(input: &DeriveInput<'_>) -> PodCondition {
+fn disruption_target(input: &DeriveInput<'_>, message: &str) -> PodCondition {
     PodCondition {
         type_: DISRUPTION_TARGET.to_owned(),
         status: "True".to_owned(),
         reason: Some(BY_KUBELET.to_owned()),
-        message: Some("Pod was preempted by Kubelet to accommodate a critical pod.".to_owned()),
+        message: Some(message.to_owned()),
         last_transition_time: Some(Time(input.now)),
         observed_generation: input.pod.metadata.generation,
         ..PodCondition::default()

@@ -2,6 +2,8 @@
 
 use super::derive::{DeriveInput, time};
 use super::resources;
+use crate::observe;
+use crate::pod::rounds::{self, Round};
 use crate::pod::spec::{self, ContainerKind, ContainerRef};
 use crate::pod::state::{Lifecycle, Step};
 use k8s_openapi::api::core::v1::{
@@ -15,6 +17,9 @@ use runtime::service as rt;
 pub(super) const ID_SCHEME: &str = "ferrule://";
 /// Exit code of a container whose end nobody saw.
 const UNKNOWN_EXIT: i32 = 137;
+/// What users read of a container that another one's end started anew.
+const RESTARTING_ALL: &str = "RestartingAllContainers";
+const RESTARTING_ALL_TEXT: &str = "The container is removed because RestartAllContainers in place";
 
 /// Container statuses of a pod, by the lists they go to.
 #[derive(Debug, Default)]
@@ -29,10 +34,10 @@ pub(super) struct Statuses {
 
 /// Statuses of all containers of the spec.
 pub(super) fn statuses(input: &DeriveInput<'_>, spec: &PodSpec) -> Statuses {
-    let has_init = spec.init_containers.as_ref().is_some_and(|c| !c.is_empty());
+    let round = Round::of(spec, input.observed);
     let mut all = Statuses::default();
     for container in spec::containers(spec) {
-        let status = one(input, spec, container, has_init);
+        let status = one(input, spec, container, round);
         match container.kind {
             ContainerKind::Init | ContainerKind::Sidecar => all.init.push(status),
             ContainerKind::Main => all.main.push(status),
@@ -45,7 +50,7 @@ pub(super) fn statuses(input: &DeriveInput<'_>, spec: &PodSpec) -> Statuses {
             kind: ContainerKind::Ephemeral,
             spec: &shaped,
         };
-        all.ephemeral.push(one(input, spec, container, has_init));
+        all.ephemeral.push(one(input, spec, container, round));
     }
     all.main.sort_by(|a, b| a.name.cmp(&b.name));
     all.ephemeral.sort_by(|a, b| a.name.cmp(&b.name));
@@ -69,12 +74,16 @@ fn one(
     input: &DeriveInput<'_>,
     spec: &PodSpec,
     container: ContainerRef<'_>,
-    has_init: bool,
+    round: Round<'_>,
 ) -> ContainerStatus {
     let name = &container.spec.name;
     let newest = input.observed.newest(name);
     let before = before(input, container);
-    let (state, last_state) = states(input, spec, container, newest, before, has_init);
+    let awaited = newest.filter(|c| awaits_round(input, spec, container, round, c));
+    let (state, last_state) = match awaited {
+        Some(instance) => between_rounds(input, spec, container, round, instance),
+        None => states(input, spec, container, newest, before, round),
+    };
     let running = state.running.is_some();
     let started = running
         && newest.is_some_and(|c| {
@@ -102,7 +111,10 @@ fn one(
         started: (container.kind != ContainerKind::Ephemeral).then_some(started),
         restart_count: newest.map_or_else(
             || before.map_or(0, |b| b.restart_count),
-            |c| i32::try_from(c.config.attempt).unwrap_or(i32::MAX),
+            |c| {
+                let next = u32::from(awaited.is_some());
+                i32::try_from(c.config.attempt.saturating_add(next)).unwrap_or(i32::MAX)
+            },
         ),
         image: newest.map_or_else(
             || container.spec.image.clone().unwrap_or_default(),
@@ -124,6 +136,75 @@ fn one(
     }
 }
 
+/// Whether a container waits for its first instance in a round that has begun, or begins once no
+/// process is left.
+fn awaits_round(
+    input: &DeriveInput<'_>,
+    spec: &PodSpec,
+    container: ContainerRef<'_>,
+    round: Round<'_>,
+    newest: &rt::ContainerStatus,
+) -> bool {
+    let is_running = |c: ContainerRef<'_>| {
+        let mut instances = input.observed.instances(&c.spec.name);
+        instances.any(observe::is_running)
+    };
+    container.kind != ContainerKind::Ephemeral
+        && matches!(input.lifecycle, Lifecycle::Syncing)
+        && round.is_past(newest)
+        && !observe::is_running(newest)
+        && (round.source().is_none() || !spec::containers(spec).any(is_running))
+}
+
+/// State and last state of a container that waits for its first instance in a round.
+fn between_rounds(
+    input: &DeriveInput<'_>,
+    spec: &PodSpec,
+    container: ContainerRef<'_>,
+    round: Round<'_>,
+    newest: &rt::ContainerStatus,
+) -> (ContainerState, Option<ContainerState>) {
+    let state = match round.source() {
+        Some(_) => waiting_state(RESTARTING_ALL, Some(RESTARTING_ALL_TEXT.to_owned())),
+        None => waits(input, spec, &container.spec.name),
+    };
+    let last = terminated(input, newest).map(|end| {
+        if rounds::is_source(container, newest) {
+            end
+        } else {
+            restarted(end)
+        }
+    });
+    (state, last)
+}
+
+/// The end of an instance as the stock kubelet tells it when another container's end started all
+/// anew.
+fn restarted(mut end: ContainerState) -> ContainerState {
+    if let Some(terminated) = &mut end.terminated {
+        terminated.reason = Some(RESTARTING_ALL.to_owned());
+        terminated.message = Some(RESTARTING_ALL_TEXT.to_owned());
+        terminated.exit_code = UNKNOWN_EXIT;
+        terminated.signal = None;
+    }
+    end
+}
+
+/// Why a container waits: what the plan says, else that its turn has not come.
+fn waits(input: &DeriveInput<'_>, spec: &PodSpec, name: &str) -> ContainerState {
+    let Some(waiting) = input.waiting.get(name) else {
+        let has_init = spec.init_containers.as_ref().is_some_and(|c| !c.is_empty());
+        let reason = if has_init {
+            "PodInitializing"
+        } else {
+            "ContainerCreating"
+        };
+        return waiting_state(reason, None);
+    };
+    let message = Some(waiting.message.clone()).filter(|m| !m.is_empty());
+    waiting_state(&waiting.reason, message)
+}
+
 /// State and last state.
 fn states(
     input: &DeriveInput<'_>,
@@ -131,32 +212,22 @@ fn states(
     container: ContainerRef<'_>,
     newest: Option<&rt::ContainerStatus>,
     before: Option<&ContainerStatus>,
-    has_init: bool,
+    round: Round<'_>,
 ) -> (ContainerState, Option<ContainerState>) {
     let name = &container.spec.name;
     let dead = input.observed.newest_dead(name);
-    let last = || {
-        dead.and_then(|c| terminated(input, c))
-            .or_else(|| unknown_end(input, before))
+    let ended = || {
+        let state = dead.and_then(|c| terminated(input, c))?;
+        let older = dead.is_some_and(|c| round.is_older(c) && !rounds::is_source(container, c));
+        Some(if older { restarted(state) } else { state })
     };
+    let last = || ended().or_else(|| unknown_end(input, before));
     let kept_last = || {
         before
             .and_then(|b| b.last_state.clone())
             .filter(|s| *s != ContainerState::default())
     };
-    let waiting = || {
-        input.waiting.get(name).map_or_else(
-            || {
-                let reason = if has_init {
-                    "PodInitializing"
-                } else {
-                    "ContainerCreating"
-                };
-                waiting_state(reason, None)
-            },
-            |w| waiting_state(&w.reason, Some(w.message.clone()).filter(|m| !m.is_empty())),
-        )
-    };
+    let waiting = || waits(input, spec, name);
     let Some(instance) = newest else {
         return lost(input, before).map_or_else(
             || (waiting(), unknown_end(input, before).or_else(kept_last)),
@@ -176,10 +247,7 @@ fn states(
                 }),
                 ..ContainerState::default()
             };
-            (
-                running,
-                dead.and_then(|c| terminated(input, c)).or_else(kept_last),
-            )
+            (running, ended().or_else(kept_last))
         }
         rt::ContainerState::Created => match lost(input, before) {
             Some(state) => (state, kept_last()),

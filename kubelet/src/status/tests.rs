@@ -449,3 +449,5 @@ fn a_pod_that_is_over_leaves_no_container_waiting() {
     let init = &status["initContainerStatuses"][0]["state"];
     assert_eq!(init["terminated"]["reason"], "ContainerStatusUnknown");
 }
+
+mod rounds;

@@ -14,8 +14,9 @@
 
 use super::VolumeError;
 use super::plan::{FilesVolume, Kind, PLUGIN_EMPTY_DIR, Planned, fs_group, nested_mount_points};
+use crate::errors::chain;
 use k8s_openapi::api::core::v1::Pod;
-use linux::fs::{Durability, FsError, create_dirs, remove_tree, write_atomic};
+use linux::fs::{Durability, create_dirs, remove_tree, write_atomic};
 use linux::mount::MountAttrs;
 use rustix::fs::{AtFlags, CWD, Gid};
 use rustix::mount::UnmountFlags;
@@ -66,11 +67,6 @@ fn safe(uid: &str) -> Result<&str, VolumeError> {
         });
     }
     Ok(uid)
-}
-
-fn chain(error: &FsError) -> String {
-    let source = std::error::Error::source(error);
-    source.map_or_else(|| error.to_string(), |s| format!("{error}: {s}"))
 }
 
 impl Place {

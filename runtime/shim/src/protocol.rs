@@ -15,7 +15,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// Version of this protocol, in every snapshot.
-pub const PROTOCOL_VERSION: u32 = 1;
+///
+/// | version | since then a shim also understands |
+/// |---|---|
+/// | 1 | |
+/// | 2 | `user_namespace` of a sandbox, `map_ids` and `Layers` of a mount |
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Largest accepted frame. A launch spec with hundreds of variables and mounts stays far below.
 pub const MAX_FRAME_BYTES: usize = 4 << 20;
@@ -86,6 +91,30 @@ pub enum Request {
     },
     /// Unpin the namespaces, kill what still runs and exit.
     Shutdown,
+}
+
+impl Request {
+    /// The first version that understands all of it. An older shim would refuse it, or leave out
+    /// what it does not know.
+    #[must_use]
+    pub fn since(&self) -> u32 {
+        let newer = match self {
+            Self::Setup(sandbox) => sandbox.user_namespace.is_some(),
+            Self::Launch(launch) => launch
+                .mounts
+                .iter()
+                .any(|mount| mount.map_ids || matches!(mount.source, MountSource::Layers { .. })),
+            Self::Signal { .. }
+            | Self::Exec(_)
+            | Self::ExecKill { .. }
+            | Self::Resize { .. }
+            | Self::ReopenLog { .. }
+            | Self::Forget { .. }
+            | Self::Attach { .. }
+            | Self::Shutdown => false,
+        };
+        if newer { 2 } else { 1 }
+    }
 }
 
 /// Which of the three standard streams are connected.
@@ -234,7 +263,7 @@ pub enum Event {
 }
 
 /// A pod's namespaces.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct SandboxSpec {
     /// The sandbox's id.
     pub sandbox_id: String,

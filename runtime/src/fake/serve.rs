@@ -1,6 +1,7 @@
 //! The services of the engine in memory.
 
 use super::*;
+use crate::service::Pulled;
 
 impl RuntimeService for FakeRuntime {
     async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxStatus> {
@@ -299,14 +300,17 @@ impl ImageService for FakeRuntime {
         self.lock().images.values().cloned().collect()
     }
 
-    async fn pull(&self, image: &str, _auth: &[RegistryAuth]) -> Result<ImageStatus> {
+    async fn pull(&self, image: &str, auth: &[RegistryAuth]) -> Result<Pulled> {
         let mut state = self.begin(Operation::Pull, image)?;
         let Some(found) = state.registry.get(image).cloned() else {
             let message = format!("pull {image}: not found");
             return Err(error(RuntimeErrorKind::ImagePull, &message));
         };
         state.images.insert(found.id.clone(), found.clone());
-        Ok(found)
+        Ok(Pulled {
+            status: found,
+            credential: (!auth.is_empty()).then_some(0),
+        })
     }
 
     async fn remove(&self, image: &str) -> Result<()> {

@@ -1,5 +1,6 @@
 //! Why an image operation failed, and whether trying again can help.
 
+use crate::error::chain;
 use crate::service::{RuntimeError, RuntimeErrorKind};
 use std::path::PathBuf;
 
@@ -189,22 +190,6 @@ impl ImageError {
             Self::Io { .. } => RuntimeErrorKind::System,
         }
     }
-}
-
-/// The error and all its causes in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let words = cause.to_string();
-        // Foreign errors often print their source themselves.
-        if !text.ends_with(&words) {
-            text.push_str(": ");
-            text.push_str(&words);
-        }
-        next = cause.source();
-    }
-    text
 }
 
 impl From<&ImageError> for RuntimeError {

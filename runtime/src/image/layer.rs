@@ -187,7 +187,7 @@ pub(crate) fn try_lock_dir(dir: &Path) -> io::Result<OwnedFd> {
 /// again.
 pub(crate) fn remove_dir(dir: &Path) {
     if let Err(error) = linux::fs::remove_tree(dir) {
-        tracing::warn!(dir = %dir.display(), error = super::error::chain(&error),
+        tracing::warn!(dir = %dir.display(), error = crate::error::chain(&error),
             "cannot remove layer directory");
     }
 }

@@ -15,7 +15,6 @@
 
 mod archive;
 mod error;
-mod gc;
 mod layer;
 mod pack;
 mod parents;
@@ -26,14 +25,16 @@ mod registry;
 mod store;
 mod tree;
 mod unpack;
+mod usage;
 
 pub use error::{ImageError, UnpackError};
-pub use gc::GcReport;
 pub use pull::{LayerHandle, LayerProgress, Observer};
 pub use registry::RegistryConfig;
 pub use unpack::Limits;
 
-use crate::service::{FsUsage, ImageConfig, ImageService, ImageStatus, RegistryAuth};
+use crate::service::{
+    FsUsage, ImageConfig, ImageService, ImageStatus, Pulled, RegistryAuth, RuntimeError,
+};
 use record::Record;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -110,7 +111,8 @@ impl ImageStore {
         auth: &[RegistryAuth],
         observer: Option<Observer>,
     ) -> Result<ImageStatus, Arc<ImageError>> {
-        Ok(self.puller.pull(image, auth, observer).await?.status())
+        let (record, _) = self.puller.pull(image, auth, observer).await?;
+        Ok(record.status())
     }
 
     /// Removes a name, or by id the image with all its names; layers nobody else uses go too.
@@ -165,22 +167,9 @@ impl ImageStore {
         })
     }
 
-    /// Removes unused images until `bytes` are freed; see [`gc`](GcReport).
-    ///
-    /// # Errors
-    /// [`ImageError::Io`]; what was removed before stays removed.
-    pub async fn collect(
-        &self,
-        bytes: u64,
-        min_age: std::time::Duration,
-    ) -> Result<GcReport, ImageError> {
-        self.blocking(move |store| gc::collect(store, bytes, min_age))
-            .await
-    }
-
     /// Use of the filesystem the images are on.
     pub fn fs_usage(&self) -> FsUsage {
-        gc::fs_usage(&self.root, &self.store)
+        usage::fs_usage(&self.root, &self.store)
     }
 
     async fn blocking<T: Send + 'static>(
@@ -203,14 +192,13 @@ impl ImageService for ImageStore {
         Self::list(self)
     }
 
-    async fn pull(
-        &self,
-        image: &str,
-        auth: &[RegistryAuth],
-    ) -> crate::service::Result<ImageStatus> {
-        Self::pull(self, image, auth)
-            .await
-            .map_err(|e| e.as_ref().into())
+    async fn pull(&self, image: &str, auth: &[RegistryAuth]) -> crate::service::Result<Pulled> {
+        let pulled = self.puller.pull(image, auth, None).await;
+        let (record, credential) = pulled.map_err(|e| RuntimeError::from(e.as_ref()))?;
+        Ok(Pulled {
+            status: record.status(),
+            credential,
+        })
     }
 
     async fn remove(&self, image: &str) -> crate::service::Result<()> {

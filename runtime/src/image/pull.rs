@@ -9,13 +9,14 @@
 //! A task nobody waits for any more is aborted; its partial directory goes with it. Small layers
 //! have a lane of their own, so that a tiny image does not wait behind a slow big one.
 
-use super::error::{ImageError, Result, chain};
+use super::error::{ImageError, Result};
 use super::layer::{Expected, Feed, FeedReader, StagedLayer, stage};
 use super::record::{Record, parse_config};
 use super::reference::{self, Reference, is_sha256};
 use super::registry::{SharedRegistries, Source};
 use super::store::{CommitError, NewImage, Store};
 use super::unpack::Limits;
+use crate::error::chain;
 use crate::service::RegistryAuth;
 use futures::future::{BoxFuture, FutureExt as _, Shared};
 use futures::{StreamExt as _, TryFutureExt as _};
@@ -111,6 +112,9 @@ struct LayerJob {
     progress: watch::Receiver<LayerProgress>,
 }
 
+/// An image that was pulled, and which of the credentials the registry took.
+type PulledRecord = (Arc<Record>, Option<usize>);
+
 /// Pulls into one store.
 pub(crate) struct Puller {
     store: Arc<Store>,
@@ -118,7 +122,7 @@ pub(crate) struct Puller {
     limits: Limits,
     small: Arc<Semaphore>,
     big: Arc<Semaphore>,
-    images: Jobs<(String, Vec<AuthKey>), Job<Arc<Record>>>,
+    images: Jobs<(String, Vec<AuthKey>), Job<PulledRecord>>,
     layers: Jobs<String, LayerJob>,
 }
 
@@ -154,7 +158,7 @@ impl Puller {
         image: &str,
         auths: &[RegistryAuth],
         observer: Option<Observer>,
-    ) -> Outcome<Arc<Record>> {
+    ) -> Outcome<PulledRecord> {
         let name = reference::parse(image)?;
         let key = (name.whole(), auths.iter().map(auth_key).collect());
         let job = join(&self.images, key, || {
@@ -177,8 +181,8 @@ impl Puller {
         name: &Reference,
         auths: &[RegistryAuth],
         observer: Option<Observer>,
-    ) -> std::result::Result<Arc<Record>, Failure> {
-        let (source, found) = self.registries.manifest(name, auths).await?;
+    ) -> std::result::Result<PulledRecord, Failure> {
+        let (source, found, credential) = self.registries.manifest(name, auths).await?;
         let config = source
             .blob(&found.manifest.config, "image configuration")
             .await?;
@@ -210,7 +214,7 @@ impl Puller {
                     tracing::debug!(layer, "layer vanished during the pull, fetching it again");
                 }
                 Err(CommitError::Failed(error)) => return Err(error.into()),
-                Ok(record) => return Ok(record),
+                Ok(record) => return Ok((record, credential)),
             }
         }
         Err(unusable("its layers are removed faster than pulled").into())

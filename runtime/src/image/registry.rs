@@ -4,9 +4,10 @@
 //! endpoint the credentials are tried in order. Failures that may pass are retried with
 //! back-off; a definite answer ("no such image") beats "could not connect" in the error told.
 
-use super::error::{ImageError, Result, chain};
+use super::error::{ImageError, Result};
 use super::layer::digest_of;
 use super::reference::Reference;
+use crate::error::chain;
 use crate::service::RegistryAuth;
 use futures::StreamExt as _;
 use oci_client::client::{BlobResponse, ClientConfig, ClientProtocol};
@@ -162,17 +163,18 @@ impl Registries {
         Ok(client)
     }
 
-    /// Finds the manifest of `name`.
+    /// Finds the manifest of `name`; also says which of the credentials were taken.
     pub(crate) async fn manifest(
         &self,
         name: &Reference,
         auths: &[RegistryAuth],
-    ) -> Result<(Source, Manifest)> {
+    ) -> Result<(Source, Manifest, Option<usize>)> {
         let anonymous = [RegistryAuth::Anonymous];
-        let auths = if auths.is_empty() { &anonymous } else { auths };
+        let given = !auths.is_empty();
+        let auths = if given { auths } else { &anonymous };
         let mut told: Option<ImageError> = None;
         for endpoint in self.config.endpoints(name.registry()) {
-            for auth in auths {
+            for (index, auth) in auths.iter().enumerate() {
                 let source = self.source(name, &endpoint, auth)?;
                 // After a mirror's clear "not found" the rest gets one quick chance: where
                 // only mirrors can be reached, users shall not wait for time-outs.
@@ -185,7 +187,7 @@ impl Registries {
                     _ => retry(|| source.manifest(auth)).await,
                 };
                 let error = match answer {
-                    Ok(manifest) => return Ok((source, manifest)),
+                    Ok(manifest) => return Ok((source, manifest, given.then_some(index))),
                     Err(error) => error,
                 };
                 let refused = matches!(error, ImageError::Unauthorized { .. });

@@ -25,7 +25,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// The store. One per process and root.
 #[derive(Debug)]
@@ -125,7 +125,7 @@ impl Store {
             let reason = match read_record(&path) {
                 Ok(record) if record.durable || record.boot_id == self.boot_id => continue,
                 Ok(_) => "it had not reached the disk when the machine stopped".to_owned(),
-                Err(error) => super::error::chain(&error),
+                Err(error) => crate::error::chain(&error),
             };
             tracing::warn!(record = %path.display(), reason, "dropping stored image");
             std::fs::remove_file(&path).map_err(ImageError::io("remove", &path))?;
@@ -193,7 +193,7 @@ impl Store {
             match read_record(&path) {
                 Ok(record) => drop(images.insert(record.hex().to_owned(), Arc::new(record))),
                 Err(error) => {
-                    tracing::warn!(error = super::error::chain(&error), "skipping image record");
+                    tracing::warn!(error = crate::error::chain(&error), "skipping image record");
                 }
             }
         }
@@ -216,7 +216,7 @@ impl Store {
         let stale = { self.state().seen != self.stamp() };
         if stale && let Err(error) = self.reload() {
             tracing::warn!(
-                error = super::error::chain(&error),
+                error = crate::error::chain(&error),
                 "cannot read image records"
             );
         }
@@ -513,27 +513,6 @@ impl Store {
                 state.leases.remove(id);
             }
         }
-    }
-
-    /// Images nobody uses, unused for at least `age`, longest unused first.
-    pub(crate) fn unused(&self, age: Duration) -> Vec<Arc<Record>> {
-        let now = now_ns();
-        let age_ns = i64::try_from(age.as_nanos()).unwrap_or(i64::MAX);
-        let mut idle: Vec<(i64, Arc<Record>)> = self
-            .images()
-            .into_iter()
-            .filter(|r| !r.pinned && !self.in_use(&r.id))
-            .map(|r| {
-                let used = self.state().used.get(&r.id).map(Instant::elapsed);
-                let idle = used.map_or(now.saturating_sub(r.stored_at_ns), |u| {
-                    i64::try_from(u.as_nanos()).unwrap_or(i64::MAX)
-                });
-                (idle, r)
-            })
-            .filter(|(idle, _)| *idle >= age_ns)
-            .collect();
-        idle.sort_by_key(|(idle, _)| std::cmp::Reverse(*idle));
-        idle.into_iter().map(|(_, r)| r).collect()
     }
 
     /// Bytes of file content in all stored layers, each counted once.

@@ -100,7 +100,6 @@ fn a_leased_image_cannot_be_removed_by_anybody() {
     let other = Store::open(root.path()).unwrap();
     for store in [&store, &other] {
         assert!(matches!(store.remove(&id), Err(ImageError::InUse(_))));
-        assert!(store.unused(Duration::ZERO).is_empty());
     }
     store.release(&id);
     assert!(other.remove(&id).is_err());

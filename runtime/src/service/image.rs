@@ -91,6 +91,15 @@ pub struct FsUsage {
     pub inodes_free: u64,
 }
 
+/// An image that was pulled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pulled {
+    /// The image.
+    pub status: ImageStatus,
+    /// Which of the credentials the registry took; none when none was given.
+    pub credential: Option<usize>,
+}
+
 /// Images.
 pub trait ImageService: Send + Sync + 'static {
     /// The image behind a name, digest or id; none when not stored.
@@ -102,7 +111,7 @@ pub trait ImageService: Send + Sync + 'static {
         &self,
         image: &str,
         auth: &[RegistryAuth],
-    ) -> impl Future<Output = Result<ImageStatus>> + Send;
+    ) -> impl Future<Output = Result<Pulled>> + Send;
     /// Removes a name or, by id, all names and the layers nobody else uses. Idempotent.
     fn remove(&self, image: &str) -> impl Future<Output = Result<()>> + Send;
     /// Disk use.

@@ -148,6 +148,10 @@ fn ginkgo(programs: &Path, lab: &Lab, options: &ConformanceOptions, reports: &Pa
         .arg(programs.join("e2e.test"))
         .arg("--")
         .arg(format!("--kubeconfig={}", kubeconfig.display()))
+        .arg(format!(
+            "--kubectl-path={}",
+            lab.programs.join("kubectl").display()
+        ))
         .arg(format!("--report-dir={}", reports.display()))
         .args(["--provider=skeleton", "--dump-logs-on-failure=false"])
         .args(["--prepull-images=false", "--node-os-distro=debian"])

@@ -73,6 +73,12 @@ pub fn tolerates(pod: &Pod, taints: &[Taint]) -> bool {
     ending.all(|taint| tolerations.iter().any(|t| tolerated(taint, t)))
 }
 
+/// Whether a pod tolerates a taint.
+pub fn tolerates_taint(pod: &Pod, taint: &Taint) -> bool {
+    let tolerations = pod.spec.iter().flat_map(|s| s.tolerations.iter().flatten());
+    tolerations.into_iter().any(|t| tolerated(taint, t))
+}
+
 fn tolerated(taint: &Taint, toleration: &Toleration) -> bool {
     let empty_or =
         |wish: Option<&String>, real: &str| wish.is_none_or(|wish| wish.is_empty() || wish == real);

@@ -6,10 +6,13 @@ pub mod fit;
 pub mod preempt;
 
 use super::environment::Rejection;
+use crate::eviction::rank::EVICTED;
+use crate::eviction::thresholds::Pressure;
+use crate::launch::qos;
 use fit::Shortage;
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{Node, Pod, Taint};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// What admission depends on besides the pods.
@@ -23,6 +26,8 @@ pub struct AdmissionContext {
     pub node_name: String,
     /// The Node as last seen; labels and taints are not looked at before.
     pub node: Option<Arc<Node>>,
+    /// What the node runs short of.
+    pub pressures: BTreeSet<Pressure>,
     /// Features this node declares.
     pub declared_features: &'static [&'static str],
     /// Whether AppArmor profiles are enforced.
@@ -67,12 +72,34 @@ pub fn admit(
     others: &[Arc<Pod>],
     context: &AdmissionContext,
 ) -> Result<Admission, Rejection> {
+    pressure(pod, &context.pressures)?;
     sysctls(pod, &context.allowed_unsafe_sysctls)?;
     operating_system(pod)?;
     let admission = predicates(pod, others, context)?;
     apparmor(pod, context.apparmor)?;
     declared_features(pod, context.declared_features)?;
     Ok(admission)
+}
+
+/// A node that runs short takes critical pods only; when it is short of memory alone, also pods
+/// that asked for some, and those that tolerate it.
+fn pressure(pod: &Pod, pressures: &BTreeSet<Pressure>) -> Result<(), Rejection> {
+    if pressures.is_empty() || preempt::is_critical(pod) {
+        return Ok(());
+    }
+    if pressures.iter().all(|p| *p == Pressure::Memory) {
+        let taint = Taint {
+            key: "node.kubernetes.io/memory-pressure".to_owned(),
+            effect: "NoSchedule".to_owned(),
+            ..Taint::default()
+        };
+        if qos::class(pod) != qos::QosClass::BestEffort || affinity::tolerates_taint(pod, &taint) {
+            return Ok(());
+        }
+    }
+    let names: Vec<&str> = pressures.iter().map(|p| p.condition()).collect();
+    let message = format!("The node had condition: [{}]. ", names.join(" "));
+    Err(rejection(EVICTED, message))
 }
 
 fn rejection(reason: impl Into<String>, message: impl Into<String>) -> Rejection {
@@ -411,6 +438,38 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_runs_short_takes_only_pods_that_may_come_all_the_same() {
+        let short = |pressures: &[Pressure], spec: Value| {
+            let context = AdmissionContext {
+                pressures: pressures.iter().copied().collect(),
+                ..context()
+            };
+            admit(&tolerant(spec), &[], &context).err()
+        };
+        let other = json!({"tolerations": [{"key": "out", "operator": "Exists"}]});
+        let refused = short(&[Pressure::Memory], other).unwrap();
+        assert_eq!(refused.reason, "Evicted");
+        assert_eq!(
+            refused.message,
+            "The node had condition: [MemoryPressure]. "
+        );
+        assert_eq!(short(&[Pressure::Memory], cpu("1m")), None);
+        let tolerations = json!([{"operator": "Exists"}]);
+        assert_eq!(
+            short(&[Pressure::Memory], json!({"tolerations": tolerations})),
+            None
+        );
+        let both = [Pressure::Disk, Pressure::Memory];
+        let refused = short(&both, cpu("1m")).unwrap();
+        assert_eq!(
+            refused.message,
+            "The node had condition: [MemoryPressure DiskPressure]. "
+        );
+        let critical = json!({"priority": 2_000_001_000});
+        assert_eq!(short(&both, critical), None);
+    }
+
+    #[test]
     fn what_kernel_or_node_cannot_do_is_refused() {
         check(
             json!({"securityContext": {"appArmorProfile": {"type": "RuntimeDefault"}}}),
@@ -424,6 +483,18 @@ mod tests {
             json!({"securityContext": {"appArmorProfile": {"type": "Unconfined"}}}),
             &[],
             Ok(()),
+        );
+        let rule = json!({"action": "RestartAllContainers",
+            "exitCodes": {"operator": "In", "values": [42]}});
+        let restarter =
+            json!({"name": "a", "restartPolicy": "Never", "restartPolicyRules": [rule]});
+        check(
+            json!({"containers": [restarter]}),
+            &[],
+            Err((
+                "PodFeatureUnsupported",
+                "Pod requires node features that are not available: RestartAllContainersOnContainerExits",
+            )),
         );
         check(
             json!({"hostNetwork": true, "hostUsers": false}),

@@ -4,13 +4,13 @@ use super::{Ended, Outcome, Started, ending};
 use crate::events::{EventType, field_path};
 use crate::launch::hash::container_hash;
 use crate::launch::security::own_users;
-use crate::launch::{ANNOTATION_BACKOFF, ANNOTATION_HASH};
+use crate::launch::{ANNOTATION_BACKOFF, ANNOTATION_HASH, ANNOTATION_ROUND};
 use crate::metrics::metrics;
 use crate::observe::PodObservation;
 use crate::pod::environment::{PodEnvironment, StartContext, StepError};
 use crate::pod::hooks::{self, HookTarget, Hooked};
 use crate::pod::measure;
-use crate::pod::plan::{KillContainer, PreStop, StartContainer};
+use crate::pod::plan::{KillContainer, KillReason, PreStop, StartContainer};
 use crate::pod::spec;
 use crate::pod::state::CrashBackoff;
 use crate::pod::worker::{Worker, WorkerDeps};
@@ -133,7 +133,15 @@ pub(super) fn begin_kill<R: RuntimeService, E: PodEnvironment>(
 ) -> AbortHandle {
     let deps = worker.deps.clone();
     worker.actions.spawn(async move {
-        let grace = kill.grace.max(MINIMUM_GRACE);
+        let grace = match kill.reason {
+            KillReason::RestartAll => Duration::ZERO,
+            KillReason::PodEnds
+            | KillReason::Liveness
+            | KillReason::Startup
+            | KillReason::SpecChanged
+            | KillReason::PostStart
+            | KillReason::Resize => kill.grace.max(MINIMUM_GRACE),
+        };
         let result = ending(deps.runtime.stop_container(&kill.id, grace).await);
         Outcome::new(Ended::Killed(kill.id), result)
     })
@@ -260,6 +268,9 @@ impl<R: RuntimeService, E: PodEnvironment> Launch<'_, R, E> {
         config.pid = pid.or(config.pid);
         let annotations = &mut config.annotations;
         annotations.insert(ANNOTATION_HASH.to_owned(), container_hash(spec));
+        if self.start.round > 0 {
+            annotations.insert(ANNOTATION_ROUND.to_owned(), self.start.round.to_string());
+        }
         if let Some(backoff) = &self.backoff {
             let delay = backoff.delay_ns().to_string();
             annotations.insert(ANNOTATION_BACKOFF.to_owned(), delay);

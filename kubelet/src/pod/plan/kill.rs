@@ -78,6 +78,7 @@ pub fn words(pod: &Pod, container: &str, reason: KillReason) -> String {
     let (subject, why) = match reason {
         KillReason::PodEnds => return format!("Stopping container {container}"),
         KillReason::PostStart => return "FailedPostStartHook".to_owned(),
+        KillReason::RestartAll => return "killing".to_owned(),
         KillReason::Resize => return format!("Container {container} resize requires restart"),
         KillReason::Liveness => (sidecar, "failed liveness probe"),
         KillReason::Startup => (sidecar, "failed startup probe"),

@@ -41,6 +41,8 @@ pub struct PlanInput<'a> {
     pub backoffs: &'a BTreeMap<String, CrashBackoff>,
     /// The node ends the pod for the sake of others.
     pub ended: Option<&'a Cause>,
+    /// Seconds it has for that; none for what its spec says.
+    pub ended_grace_s: Option<u64>,
     /// Cgroup limits: granted and given.
     pub resize: ResizeView<'a>,
     /// When this node first took the pod up, nanoseconds since the epoch.
@@ -103,6 +105,8 @@ pub enum KillReason {
     PostStart,
     /// It was granted other resources and its policy wants a new start for them.
     Resize,
+    /// Another container ended so that all start anew.
+    RestartAll,
 }
 
 /// One thing to do. Each is idempotent.
@@ -151,6 +155,8 @@ pub struct StartContainer {
     pub sandbox: SandboxId,
     /// Instances before it.
     pub attempt: u32,
+    /// Round of the pod it begins or joins.
+    pub round: u32,
     /// A half-made instance to remove first.
     pub replaces: Option<ContainerId>,
     /// When the instance before ended, if there was one: counts for the back-off.
@@ -219,7 +225,9 @@ fn advance(input: &PlanInput<'_>) -> Lifecycle {
                 .or_else(|| overdue(input))
                 .or_else(|| sync::verdict(input))
             {
-                let grace_s = spec::grace_seconds(input.pod);
+                let own = spec::grace_seconds(input.pod);
+                let granted = input.ended_grace_s.filter(|_| input.ended.is_some());
+                let grace_s = granted.unwrap_or(own);
                 Lifecycle::Terminating(Terminating {
                     cause,
                     grace_s,

@@ -7,10 +7,15 @@ use crate::launch::ANNOTATION_HASH;
 use crate::launch::hash::container_hash;
 use crate::observe;
 use crate::pod::hooks;
+use crate::pod::rounds::Round;
 use crate::pod::spec::{self, ContainerKind, ContainerRef};
-use crate::pod::state::{Cause, CrashBackoff, Lifecycle, Step, UnhealthyKind};
+use crate::pod::state::{Cause, CrashBackoff, Lifecycle, SECOND_NS, Step, UnhealthyKind};
 use k8s_openapi::api::core::v1::PodSpec;
 use runtime::service::{ContainerState, ContainerStatus, SandboxState, SandboxStatus};
+
+/// A round lasts at least this long from the start of the container that ends it: one that asks
+/// for the next at once would keep the node busy with nothing else.
+const ROUND_MIN_NS: i64 = SECOND_NS;
 
 /// A container that shall get a new instance.
 struct Wanted<'a> {
@@ -20,10 +25,22 @@ struct Wanted<'a> {
     finished_ns: Option<i64>,
 }
 
+/// The instances of a container whose turn it is.
+#[derive(Clone, Copy)]
+struct Turn<'a> {
+    /// The newest, if it was made in this sandbox and this round.
+    current: Option<&'a ContainerStatus>,
+    /// The newest of all.
+    newest: Option<&'a ContainerStatus>,
+    /// The next instance is its first in this round, and there were rounds before.
+    first_of_round: bool,
+}
+
 /// Why a pod is over by itself: a failed init container, or main containers that all ended and
 /// will not run again.
 pub(super) fn verdict(input: &PlanInput<'_>) -> Option<Cause> {
     let spec = input.spec()?;
+    let round = Round::of(spec, input.observed);
     if input.steps.starts.values().any(Step::is_running) {
         return None;
     }
@@ -31,7 +48,7 @@ pub(super) fn verdict(input: &PlanInput<'_>) -> Option<Cause> {
         input
             .observed
             .newest(&c.spec.name)
-            .filter(|instance| !killed_for_resize(input, instance))
+            .filter(|instance| !round.is_past(instance) && !killed_for_resize(input, instance))
             .and_then(observe::exit)
             .is_some_and(|(code, _)| !spec::should_restart(spec, c, code))
     };
@@ -66,13 +83,16 @@ pub(super) fn plan(input: &PlanInput<'_>) -> PodPlan {
     }
     plan.wake_at(input.steps.volumes.retry_at_ns());
     let sandbox = sandbox(input, &mut plan);
-    replace_unfit(input, spec, &mut plan);
-    super::resize::plan(input, sandbox, &mut plan);
+    let round = Round::of(spec, input.observed);
     let mut starts = ephemeral(input, spec);
-    starts.extend(wanted(input, spec, sandbox, &mut plan));
+    if end_round(input, spec, round, &mut plan) {
+        replace_unfit(input, spec, &mut plan);
+        super::resize::plan(input, sandbox, &mut plan);
+        starts.extend(wanted(input, spec, sandbox, round, &mut plan));
+    }
     prefetch(input, spec, &mut plan);
     for want in starts {
-        start(input, sandbox, &want, &mut plan);
+        start(input, sandbox, round.next(), &want, &mut plan);
     }
     super::keep::collect(input, &mut plan);
     plan
@@ -110,6 +130,43 @@ fn sandbox<'a>(input: &PlanInput<'a>, plan: &mut PodPlan) -> Option<&'a SandboxS
     None
 }
 
+/// Ends a round that a container wants to be the last: kills what runs, main containers before
+/// those they rely on. Whether containers may be started.
+fn end_round(input: &PlanInput<'_>, spec: &PodSpec, round: Round<'_>, plan: &mut PodPlan) -> bool {
+    let Some(source) = round.source() else {
+        return true;
+    };
+    let running = || {
+        spec::containers(spec).filter_map(|c| {
+            let mut instances = input.observed.instances(&c.spec.name);
+            Some((c.kind, instances.find(|i| observe::is_running(i))?))
+        })
+    };
+    let mains = running().any(|(kind, _)| kind == ContainerKind::Main);
+    for (kind, instance) in running() {
+        if mains && kind != ContainerKind::Main {
+            continue;
+        }
+        let doom = Doom {
+            deadline_ns: input.now_ns,
+            reason: KillReason::RestartAll,
+            turn: true,
+        };
+        kill::kill(input, instance, doom, plan);
+    }
+    let starting = spec::containers(spec)
+        .filter_map(|c| input.steps.starts.get(&c.spec.name))
+        .any(Step::is_running);
+    if starting || running().next().is_some() {
+        return false;
+    }
+    let due_ns = source.created_at_ns.saturating_add(ROUND_MIN_NS);
+    if due_ns > input.now_ns {
+        plan.wake_at(Some(due_ns));
+    }
+    due_ns <= input.now_ns
+}
+
 /// Kills instances that failed a probe or whose image changed.
 fn replace_unfit(input: &PlanInput<'_>, spec: &PodSpec, plan: &mut PodPlan) {
     for container in spec::containers(spec) {
@@ -132,6 +189,7 @@ fn replace_unfit(input: &PlanInput<'_>, spec: &PodSpec, plan: &mut PodPlan) {
             KillReason::Liveness => container.spec.liveness_probe.as_ref(),
             KillReason::Startup => container.spec.startup_probe.as_ref(),
             KillReason::SpecChanged
+            | KillReason::RestartAll
             | KillReason::Resize
             | KillReason::PodEnds
             | KillReason::PostStart => None,
@@ -161,11 +219,13 @@ fn wanted<'a>(
     input: &PlanInput<'a>,
     spec: &'a PodSpec,
     sandbox: Option<&SandboxStatus>,
+    round: Round<'_>,
     plan: &mut PodPlan,
 ) -> Vec<Wanted<'a>> {
-    let in_sandbox = |c: &ContainerStatus| sandbox.is_some_and(|s| s.id == c.sandbox_id);
+    let counts =
+        |c: &ContainerStatus| sandbox.is_some_and(|s| s.id == c.sandbox_id) && !round.is_past(c);
     let initialized = spec::containers(spec).any(|c| {
-        c.kind == ContainerKind::Main && input.observed.newest(&c.spec.name).is_some_and(in_sandbox)
+        c.kind == ContainerKind::Main && input.observed.newest(&c.spec.name).is_some_and(counts)
     });
     let mut wanted = Vec::new();
     let mut blocked = false;
@@ -174,7 +234,12 @@ fn wanted<'a>(
     for container in spec::containers(spec) {
         let name = &container.spec.name;
         let newest = input.observed.newest(name);
-        let current = newest.filter(|c| in_sandbox(c));
+        let turn = Turn {
+            current: newest.filter(|c| counts(c)),
+            newest,
+            first_of_round: newest.is_some_and(|c| round.is_past(c)),
+        };
+        let current = turn.current;
         match container.kind {
             ContainerKind::Init => {
                 let succeeded = current
@@ -184,7 +249,7 @@ fn wanted<'a>(
                     continue;
                 }
                 blocked = true;
-                wanted.extend(want(input, spec, container, current, newest, plan));
+                wanted.extend(want(input, spec, container, turn, plan));
             }
             ContainerKind::Sidecar => {
                 if blocked && !initialized {
@@ -198,13 +263,13 @@ fn wanted<'a>(
                             || input.health.started.get(&c.id) == Some(&true))
                 });
                 blocked |= !started && !initialized;
-                wanted.extend(want(input, spec, container, current, newest, plan));
+                wanted.extend(want(input, spec, container, turn, plan));
             }
             ContainerKind::Main => {
                 if blocked {
                     continue;
                 }
-                let next = want(input, spec, container, current, newest, plan);
+                let next = want(input, spec, container, turn, plan);
                 let next = next.filter(|_| !held);
                 held |= holds(input, container, next.is_some());
                 wanted.extend(next);
@@ -264,8 +329,7 @@ fn want<'a>(
     input: &PlanInput<'a>,
     spec: &'a PodSpec,
     container: ContainerRef<'a>,
-    current: Option<&'a ContainerStatus>,
-    newest: Option<&'a ContainerStatus>,
+    turn: Turn<'a>,
     plan: &mut PodPlan,
 ) -> Option<Wanted<'a>> {
     let name = &container.spec.name;
@@ -275,7 +339,7 @@ fn want<'a>(
     {
         return None;
     }
-    let Some(newest) = newest else {
+    let Some(newest) = turn.newest else {
         let attempt = reported_restarts(input, container);
         return Some(Wanted {
             name,
@@ -293,13 +357,20 @@ fn want<'a>(
             finished_ns: None,
         }),
         ContainerState::Running { .. } => None,
+        // Nobody waits for the crashes of the round before.
+        ContainerState::Exited { .. } if turn.first_of_round => Some(Wanted {
+            name,
+            attempt: newest.config.attempt.saturating_add(1),
+            replaces: None,
+            finished_ns: None,
+        }),
         ContainerState::Exited {
             exit_code,
             finished_at_ns,
             ..
         } => {
             // In a new sandbox init containers run again even if they succeeded before.
-            let again = container.kind == ContainerKind::Init && current.is_none()
+            let again = container.kind == ContainerKind::Init && turn.current.is_none()
                 || killed_for_resize(input, newest);
             if !again && !spec::should_restart(spec, container, *exit_code) {
                 return None;
@@ -400,6 +471,7 @@ fn ensure_image(input: &PlanInput<'_>, name: &str, plan: &mut PodPlan) -> bool {
 fn start(
     input: &PlanInput<'_>,
     sandbox: Option<&SandboxStatus>,
+    round: u32,
     want: &Wanted<'_>,
     plan: &mut PodPlan,
 ) {
@@ -425,6 +497,7 @@ fn start(
         container: name.to_owned(),
         sandbox: sandbox.id.clone(),
         attempt: want.attempt,
+        round,
         replaces: want.replaces.map(|c| c.id.clone()),
         predecessor_finished_ns: want.finished_ns,
     }));

@@ -15,6 +15,7 @@ struct Case {
     health: Health,
     backoffs: BTreeMap<String, CrashBackoff>,
     ended: Option<Cause>,
+    ended_grace_s: Option<u64>,
     resize: ResizeTracker,
     now_s: i64,
 }
@@ -36,6 +37,7 @@ impl Case {
             health: Health::default(),
             backoffs: BTreeMap::new(),
             ended: None,
+            ended_grace_s: None,
             resize: ResizeTracker::default(),
             now_s: 100,
         }
@@ -60,6 +62,7 @@ impl Case {
             health: &self.health,
             backoffs: &self.backoffs,
             ended: self.ended.as_ref(),
+            ended_grace_s: self.ended_grace_s,
             resize: self.resize.view(),
             start_time_ns: 0,
             now_ns: self.now_s * SECOND_NS,
@@ -399,3 +402,4 @@ fn a_main_container_waits_for_the_post_start_hooks_before_it() {
 
 mod ending;
 mod resize;
+mod rounds;

@@ -21,6 +21,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         let old = std::mem::replace(&mut self.pod, newest.pod);
         self.gone |= newest.gone;
         self.ended = newest.rejected;
+        self.ended_grace_s = newest.grace_s;
         self.published = false;
         let resized = Allocation::of(&self.pod) != Allocation::of(&old);
         if resized {
