@@ -8,7 +8,7 @@ use super::resize::allocation::{self, Allocation};
 use super::resize::execute;
 use super::spec;
 use super::state::EndingNote;
-use crate::api::endpoint::chain;
+use crate::errors::chain;
 use crate::events::{EventSink, EventType, field_path};
 use crate::images::{ImagePuller, PullError, PullRequest};
 use crate::launch::container::ContainerImages;
