@@ -166,7 +166,7 @@ pub(super) fn main(matches: &ArgMatches) -> ExitCode {
     match runtime.block_on(run(args, &mut std::io::stdout())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("kubelet: {}", crate::errors::chain(&error));
+            eprintln!("kubelet: {}", kubelet::errors::chain(&error));
             ExitCode::FAILURE
         }
     }
