@@ -64,7 +64,7 @@ spec:
     ];
     let prepared = scenario.kubectl(&look)?;
     ensure!(prepared.lines().count() == 2, "prepared {prepared:?}");
-    scenario.end()
+    Ok(())
 }
 
 /// Statuses of init and main containers.
@@ -99,5 +99,5 @@ spec:
     let expected = "Usage of EmptyDir volume \"d\" exceeds the limit \"1Mi\". ";
     ensure!(message == expected, "{message:?}");
     scenario.event_about("hoarder", "Evicted")?;
-    scenario.end()
+    Ok(())
 }
