@@ -43,7 +43,7 @@ pub fn pods(options: &BenchOptions) -> Result<BTreeMap<String, Value>> {
     packages::ensure(packages::STOCK, options.may_install)?;
     anyhow::ensure!(
         options.script.is_file(),
-        "there is no {}",
+        "there is no measuring script at {}: name it by --script or FERRULE_PODBENCH",
         options.script.display()
     );
     let mut results = BTreeMap::new();

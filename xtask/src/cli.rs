@@ -204,8 +204,8 @@ impl Up {
 pub(crate) struct Down {
     #[command(flatten)]
     lab: LabName,
-    /// Every lab of this machine
-    #[arg(long, conflicts_with = "lab")]
+    /// Every lab of this machine, whatever `--lab` or `FERRULE_LAB` say
+    #[arg(long)]
     all: bool,
 }
 
