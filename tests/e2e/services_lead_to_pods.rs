@@ -342,3 +342,54 @@ fn services_and_names_lead_to_pods_from_everywhere_with_nftables_and_with_iptabl
     }
     Ok(())
 }
+
+#[test]
+fn a_port_of_the_node_leads_to_its_pod_from_everywhere_and_goes_with_it() -> Result<()> {
+    let scenario = Scenario::begin("host-port")?;
+    let server = "apiVersion: v1
+kind: Pod
+metadata: {name: server}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    image: IMAGE
+    args: [netexec, --http-port=8080, --udp-port=8081]
+    ports:
+    - {containerPort: 8080, hostPort: 18763}
+    - {containerPort: 8081, hostPort: 18763, protocol: UDP}
+";
+    scenario.apply(&server.replace("IMAGE", AGNHOST))?;
+    let pod = scenario.ready("server")?;
+    let node = text(&pod, "/spec/nodeName");
+    let host = text(&pod, "/status/hostIP");
+    let client = server
+        .replace("server", "client")
+        .replace("18763", "18764")
+        .replace("IMAGE", AGNHOST);
+    scenario.apply(&client)?;
+    scenario.ready("client")?;
+
+    let url = format!("http://{host}:18763/hostname");
+    let fetch = ["curl", "-sS", "--max-time", "5"];
+    let from_pod = [&["exec", "client", "--"], &fetch[..], &[&url]].concat();
+    let own = [&["exec", "server", "--"], &fetch[..], &[&url]].concat();
+    let local = [&fetch[..], &["http://127.0.0.1:18763/hostname"]].concat();
+    let agent = scenario.agent(&node);
+    let udp = format!("echo hostname | nc -u -w 2 {host} 18763");
+    let udp = ["exec", "client", "--", "sh", "-c", &udp];
+    let beside = || command::stdout(command("curl", &["-sS", "--max-time", "5"]).arg(&url));
+    for (from, answer) in [
+        ("a pod", scenario.kubectl(&from_pod)),
+        ("the pod itself", scenario.kubectl(&own)),
+        ("the node, by loopback", agent.run(&local)),
+        ("a pod, by UDP", scenario.kubectl(&udp)),
+        ("a machine beside", beside()),
+    ] {
+        let answer = answer.with_context(|| format!("from {from}"))?;
+        ensure!(answer.trim() == "server", "from {from}: {answer}");
+    }
+    scenario.kubectl(&["delete", "pod", "server"])?;
+    ensure!(beside().is_err(), "somebody still answers at {url}");
+    Ok(())
+}

@@ -57,7 +57,8 @@ fn forget(lab: &Lab, name: &str) {
     let node = format!("node/{name}");
     let field = format!("--field-selector=spec.nodeName={name}");
     let delete = ["delete", "pods", "--all-namespaces", "--force", &field];
-    for command in [&delete[..], &["delete", &node, "--ignore-not-found"]] {
+    // The node first: as long as there is one, its daemon sets make new pods for it.
+    for command in [&["delete", &node, "--ignore-not-found"], &delete[..]] {
         if let Err(error) = lab.kubectl.run(command) {
             eprintln!("  {name} stays in the cluster's record: {error:#}");
         }

@@ -47,6 +47,12 @@ pub const SUITES: &[Suite] = &[
         skip: DEFAULT_SKIP,
     },
     Suite {
+        name: "sig-network",
+        about: "the 47 of certification about services, DNS and pods' networks",
+        focus: r"\[sig-network\].*\[Conformance\]",
+        skip: "",
+    },
+    Suite {
         name: "conformance",
         about: "all 446 of certification, the serial ones after the others",
         focus: r"\[Conformance\]",
