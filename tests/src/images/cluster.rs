@@ -35,6 +35,7 @@ pub(super) const DNS: Recipe = recipe("coredns/coredns", go::COREDNS_VERSION, co
 const NETFILTER: &[&str] = &[
     "nftables",
     "iptables",
+    "conntrack",
     "libc6",
     "libnftables1",
     "libnftnl11",
@@ -134,6 +135,20 @@ fn coredns(_: &Path, store: &Store) -> Result<Image> {
 /// etcd under the name the upstream suite pulls.
 pub(super) fn suite_etcd(_: &Path, store: &Store) -> Result<Image> {
     program(store, "etcd", &go::etcd()?.join("etcd"))
+}
+
+/// A shell with the tools of kube-proxy.
+pub(super) fn distroless_iptables(cache: &Path, store: &Store) -> Result<Image> {
+    let run = Run {
+        cmd: &["sh"],
+        version: "distroless-iptables v0.9.6",
+        ..Run::default()
+    };
+    let layers = vec![
+        super::recipes::tools_layer(cache, store)?,
+        netfilter_layer(cache, store)?,
+    ];
+    Ok(image(layers, &run))
 }
 
 /// The aggregated apiserver of the upstream suite.

@@ -69,6 +69,11 @@ pub(super) const ALL: &[Recipe] = &[
 pub(super) const SUITE: &[Recipe] = &[
     recipe("etcd", "3.6.8-0", cluster::suite_etcd),
     recipe(
+        "build-image/distroless-iptables",
+        "v0.9.6",
+        cluster::distroless_iptables,
+    ),
+    recipe(
         "e2e-test-images/sample-apiserver",
         "1.29.2",
         cluster::sample_apiserver,
@@ -194,7 +199,7 @@ fn nonroot(cache: &Path, store: &Store) -> Result<Image> {
 }
 
 /// Debian's tools, shared by most images.
-fn tools_layer(cache: &Path, store: &Store) -> Result<Blob> {
+pub(super) fn tools_layer(cache: &Path, store: &Store) -> Result<Blob> {
     let mut inputs = Inputs::default();
     inputs.word("tools 2");
     for package in debian::TOOLS {
