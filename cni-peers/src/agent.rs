@@ -16,12 +16,15 @@ use crate::cli::{self, Asked, Config, FlannelAnnotations};
 use crate::health::{self, Health};
 use crate::install::install;
 use crate::kernel::{self, Report, Snapshot};
+use crate::memory;
 use crate::netconf::Backend;
 use crate::node::{Announcement, PeerNode};
 
 /// First and longest wait between attempts to publish.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_LONGEST: Duration = Duration::from_secs(30);
+/// Nodes that change are kept after this long, however many more change meanwhile.
+const KEEP_AFTER: Duration = Duration::from_secs(2);
 
 /// Runs the agent until it is told to stop.
 pub fn main(backend: Backend) -> ExitCode {
@@ -85,7 +88,11 @@ async fn run(config: Config) -> Result<()> {
     }
     let (kernel, mut reports) =
         kernel::spawn(config.kernel.clone()).context("open the kernel's network state")?;
-    let (sender, mut snapshots) = watch::channel(Snapshot::default());
+    let known = memory::load(&config.kernel.state_dir, &config.node_name);
+    if let Some(known) = &known {
+        kernel.send(known.clone());
+    }
+    let (sender, mut snapshots) = watch::channel(known.unwrap_or_default());
     tasks.spawn(api::follow(
         client.clone(),
         config.node_name.clone(),
@@ -134,12 +141,23 @@ impl Publisher {
     ) {
         let mut retry = None;
         let mut wait = RETRY_FIRST;
+        let mut keep = None;
         loop {
             // Each arm is cancel-safe: a watch keeps its newest value, a sleep has no effect.
             tokio::select! {
-                changed = snapshots.changed() => if changed.is_err() { return },
+                changed = snapshots.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    keep.get_or_insert_with(|| tokio::time::Instant::now() + KEEP_AFTER);
+                }
                 changed = reports.changed() => if changed.is_err() { return },
                 () = sleep_until(retry) => {}
+                () = sleep_until(keep) => {
+                    keep = None;
+                    self.keep(&snapshots.borrow());
+                    continue;
+                }
             }
             let snapshot = snapshots.borrow_and_update().clone();
             let report = reports.borrow_and_update().clone();
@@ -164,6 +182,17 @@ impl Publisher {
                 unpublished,
                 unlisted,
             });
+        }
+    }
+
+    /// Keeps the nodes for a restart while the apiserver is away.
+    fn keep(&self, snapshot: &Snapshot) {
+        if !snapshot.complete {
+            return;
+        }
+        let dir = &self.config.kernel.state_dir;
+        if let Err(problem) = memory::save(dir, &self.config.node_name, snapshot) {
+            warn!("Cannot keep the nodes: {:#}", anyhow::Error::new(problem));
         }
     }
 

@@ -233,6 +233,7 @@ fn check(flags: Flags, backend: Backend) -> Result<Config> {
                 internal: Vec::new(),
             },
             state_dir,
+            data_dir: cni::ipam::DEFAULT_DIR.into(),
             network,
             masquerade: flags.ip_masq,
             resync: Duration::from_secs(flags.resync_seconds),

@@ -28,7 +28,7 @@ impl NetworkList {
     ) -> Self {
         let mut own = json!({
             "type": plugin.kind,
-            "capabilities": {"ips": true, "mac": true},
+            "capabilities": {"bandwidth": true, "ips": true, "mac": true, "portMappings": true},
         });
         if state_dir != Path::new(plugin.state_dir) {
             own["stateDir"] = Value::String(state_dir.display().to_string());

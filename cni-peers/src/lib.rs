@@ -13,6 +13,7 @@
 //!   and the difference to what is there. No IO, no clock.
 //! * `kernel`: the one thread that touches the network. Level-based: an event only wakes it, then
 //!   it reads what is there, plans and mends, removals included.
+//! * `memory`: the nodes as they were last known, for a restart while the apiserver is away.
 //! * `api`: watches the nodes, publishes this node's annotations.
 //! * `health`: the HTTP side.
 //!
@@ -27,6 +28,7 @@ mod conflist;
 mod health;
 mod install;
 mod kernel;
+mod memory;
 mod netconf;
 mod node;
 mod peers;

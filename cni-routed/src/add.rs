@@ -10,13 +10,18 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use cni::attach::names;
+use cni::bandwidth;
+use cni::firewall;
 use cni::skel::Input;
 use cni::types::{AttachResult, CniError, ErrorCode, Interface};
+use ipnet::IpNet;
 use linux::netlink::{Change, Link, Mac, Outcome, Rtnl, VethSpec, in_netns};
 use linux::sysctl::Sysctl;
 
 use crate::conf::RoutedConf;
-use crate::{Routed, kernel, lease, plan};
+use crate::state::NodeState;
+use crate::{Routed, del, kernel, lease, plan};
 
 pub(crate) fn add(plugin: &Routed, input: &Input<'_>) -> Result<AttachResult, CniError> {
     let conf = RoutedConf::parse(plugin, input)?;
@@ -24,7 +29,7 @@ pub(crate) fn add(plugin: &Routed, input: &Input<'_>) -> Result<AttachResult, Cn
     let netns = open_netns(input.netns.as_deref().unwrap_or(Path::new("")))?;
     let mut rtnl = Rtnl::open().map_err(|e| kernel(&e))?;
     let mut inside = Rtnl::open_in(netns.as_fd()).map_err(|e| kernel(&e))?;
-    let host_name = plan::host_name(&input.conf.name, &input.owner());
+    let host_name = names::host_name(&input.conf.name, &input.owner());
     refuse_foreign_interface(input, &host_name, &mut rtnl, &mut inside)?;
     let mut result = lease::allocate(input, &conf, &state, &mut rtnl)?;
     let mtu_bytes = conf.mtu_bytes.unwrap_or(state.mtu_bytes);
@@ -32,13 +37,13 @@ pub(crate) fn add(plugin: &Routed, input: &Input<'_>) -> Result<AttachResult, Cn
         input,
         netns: &netns,
         host_name: &host_name,
-        mac: conf.mac,
+        conf: &conf,
+        state: &state,
         mtu_bytes,
     };
     if let Err(error) = pair.attach(&mut rtnl, &mut inside, &mut result) {
         // Best effort: the runtime is bound to DEL after a failure anyway.
-        let _ = rtnl.apply(&[Change::RemoveLink { name: host_name }]);
-        let _ = lease::free(input, &conf);
+        let _ = del::detach(input, &conf, &mut rtnl);
         return Err(error);
     }
     Ok(result)
@@ -70,7 +75,7 @@ fn refuse_foreign_interface(
 ) -> Result<(), CniError> {
     let here = rtnl.link_by_name(host_name).map_err(|e| kernel(&e))?;
     let there = inside.link_by_name(&input.ifname).map_err(|e| kernel(&e))?;
-    let alias = plan::alias(&input.conf.name, &input.owner());
+    let alias = names::alias(&input.conf.name, &input.owner());
     match (here, there) {
         (None, None) => Ok(()),
         (None, Some(_)) => {
@@ -100,7 +105,8 @@ struct Pair<'a> {
     input: &'a Input<'a>,
     netns: &'a File,
     host_name: &'a str,
-    mac: Option<Mac>,
+    conf: &'a RoutedConf,
+    state: &'a NodeState,
     mtu_bytes: u32,
 }
 
@@ -113,11 +119,18 @@ impl Pair<'_> {
     ) -> Result<(), CniError> {
         result.routes = plan::routes(result);
         let addresses: Vec<IpAddr> = result.ips.iter().map(|ip| ip.address.addr()).collect();
-        let derived = || plan::container_mac(addresses.first().copied(), self.host_name);
-        let mac = self.mac.unwrap_or_else(derived);
+        let derived = || names::container_mac(addresses.first().copied(), self.host_name);
+        let mac = self.conf.mac.unwrap_or_else(derived);
+        let owner = self.input.owner();
+        let networks: Vec<_> = result.ips.iter().map(|ip| ip.address).collect();
+        let rules = self.conf.rules(self.input, Some(self.state));
+        rules.ensure(&owner, &networks, None)?;
         let host = self.make(mac, rtnl)?;
-        let host_mac = plan::host_mac(self.host_name);
-        let alias = plan::alias(&self.input.conf.name, &self.input.owner());
+        self.let_loopback_through(&networks)?;
+        let limiter = bandwidth::ensure(rtnl, rules.network, &owner, &host, self.conf.bandwidth)
+            .map_err(|e| kernel(&e))?;
+        let host_mac = names::host_mac(self.host_name);
+        let alias = names::alias(&self.input.conf.name, &self.input.owner());
         rtnl.apply(&plan::node_changes(host.index, alias, &addresses, mac))
             .map_err(|e| kernel(&e))?;
         self.configure_inside(inside, result, host_mac)?;
@@ -137,16 +150,28 @@ impl Pair<'_> {
             interface(self.host_name, host_mac, String::new()),
             interface(&self.input.ifname, mac, netns_path.display().to_string()),
         ];
+        result.interfaces.extend(limiter);
         for ip in &mut result.ips {
             ip.interface = Some(1);
         }
         Ok(())
     }
 
+    /// Host ports are reached by `localhost` when the way to the pod takes packets from there.
+    fn let_loopback_through(&self, networks: &[IpNet]) -> Result<(), CniError> {
+        let ports = &self.conf.ports;
+        let v4 = networks.iter().any(|net| net.addr().is_ipv4());
+        if ports.mappings.is_empty() || !ports.snat || !v4 {
+            return Ok(());
+        }
+        firewall::let_loopback_through(self.host_name)
+            .map_err(|e| CniError::caused(ErrorCode::Kernel, "let loopback reach host ports", &e))
+    }
+
     fn make(&self, mac: Mac, rtnl: &mut Rtnl) -> Result<Link, CniError> {
         let spec = VethSpec {
             name: self.host_name.to_owned(),
-            mac: plan::host_mac(self.host_name),
+            mac: names::host_mac(self.host_name),
             master: None,
             mtu_bytes: Some(self.mtu_bytes),
             peer_name: self.input.ifname.clone(),

@@ -5,12 +5,15 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use cni::attach::names;
+use cni::bandwidth;
+use cni::firewall::HostPorts;
 use cni::skel::Input;
 use cni::types::{AttachResult, CniError, ErrorCode};
 use linux::netlink::{Link, Mac, RouteSpec, Rtnl};
 
 use crate::conf::RoutedConf;
-use crate::{Routed, kernel, lease, plan};
+use crate::{Routed, kernel, lease};
 
 /// `RT_TABLE_MAIN`
 const RT_TABLE_MAIN: u32 = 254;
@@ -26,7 +29,7 @@ pub(crate) fn check(
 ) -> Result<(), CniError> {
     let conf = RoutedConf::parse(plugin, input)?;
     let mut rtnl = Rtnl::open().map_err(|e| kernel(&e))?;
-    let name = plan::host_name(&input.conf.name, &input.owner());
+    let name = names::host_name(&input.conf.name, &input.owner());
     let host = present(&mut rtnl, &name)?;
     if !host.up {
         return Err(differs(format!("link {name} is down")));
@@ -45,6 +48,14 @@ pub(crate) fn check(
             return Err(differs(format!("link {name} lacks the route to {address}")));
         }
     }
+    // What others flushed concerns every pod: it is put back, and only what stays wrong is told.
+    let state = conf.state().ok();
+    let rules = conf.rules(input, state.as_ref());
+    rules.repair()?;
+    let networks = HostPorts::addresses(previous, &input.ifname);
+    rules.check(&input.owner(), &networks, None)?;
+    let (network, owner) = (&input.conf.name, input.owner());
+    bandwidth::check(&mut rtnl, network, &owner, &host, conf.bandwidth)?;
     check_inside(input, previous, &addresses)?;
     lease::check(input, &conf, previous)
 }
@@ -76,7 +87,7 @@ fn check_inside(
             return Err(differs(format!("interface {} lacks {address}", link.name)));
         }
     }
-    let host_mac = plan::host_mac(&plan::host_name(&input.conf.name, &input.owner()));
+    let host_mac = names::host_mac(&names::host_name(&input.conf.name, &input.owner()));
     check_gateways(&mut inside, &link, previous, host_mac)?;
     check_routes(&mut inside, &link, previous)
 }

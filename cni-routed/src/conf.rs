@@ -2,7 +2,11 @@
 
 use std::path::PathBuf;
 
+use cni::attach::rules::Rules;
+use cni::bandwidth::Bandwidth;
+use cni::firewall::HostPorts;
 use cni::ipam::{DEFAULT_DIR, HostLocal};
+use cni::records::Records;
 use cni::skel::Input;
 use cni::types::{CniError, ErrorCode};
 use linux::netlink::Mac;
@@ -25,6 +29,10 @@ pub(crate) struct RoutedConf {
     pub(crate) mtu_bytes: Option<u32>,
     /// Hardware address of the container's end.
     pub(crate) mac: Option<Mac>,
+    /// Host ports.
+    pub(crate) ports: HostPorts,
+    /// Limits both ways.
+    pub(crate) bandwidth: Bandwidth,
 }
 
 type Object = Map<String, Value>;
@@ -69,7 +77,26 @@ impl RoutedConf {
             data_dir: directory(object, "dataDir", DEFAULT_DIR)?,
             mtu_bytes,
             mac: mac(object, input.args.get("MAC").map(String::as_str))?,
+            ports: HostPorts::parse(object)?,
+            bandwidth: Bandwidth::parse(object)?,
         })
+    }
+
+    /// The packet filter, as far as it concerns attachments of this network.
+    pub(crate) fn rules<'a>(
+        &'a self,
+        input: &'a Input<'_>,
+        state: Option<&NodeState>,
+    ) -> Rules<'a> {
+        Rules {
+            network: &input.conf.name,
+            records: Records::of(&self.data_dir, &input.conf.name),
+            ports: &self.ports,
+            admin_chain: None,
+            subnets: state
+                .map(|state| state.pod_cidrs.clone())
+                .unwrap_or_default(),
+        }
     }
 
     /// The agent's state, as ADD needs it: without it, ask again.

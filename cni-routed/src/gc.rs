@@ -1,13 +1,14 @@
-//! GC: pairs and leases of this network that belong to no valid attachment. Ours are told by their
+//! GC: pairs, rules and leases of this network that belong to no valid attachment. Ours are told by their
 //! alias; nothing else is touched.
 
+use cni::attach::names;
 use cni::ipam::Owner;
 use cni::skel::{AttachmentKey, Input};
 use cni::types::CniError;
 use linux::netlink::{Change, NetlinkError, Rtnl};
 
 use crate::conf::RoutedConf;
-use crate::{Routed, kernel, lease, plan};
+use crate::{Routed, kernel, lease};
 
 /// Goes on after a failure and tells the first.
 pub(crate) fn gc(
@@ -17,8 +18,15 @@ pub(crate) fn gc(
 ) -> Result<(), CniError> {
     let conf = RoutedConf::parse(plugin, input)?;
     let links = collect_links(input, valid).map_err(|e| kernel(&e));
-    let leases = lease::collect(input, &conf, valid);
-    links.and(leases)
+    let is_valid = |owner: &Owner| {
+        let same = |key: &AttachmentKey| {
+            key.container_id == owner.container_id && key.ifname == owner.ifname
+        };
+        valid.iter().any(same)
+    };
+    let rules = conf.rules(input, None).collect(is_valid, valid.is_empty());
+    let leases = lease::collect(input, &conf, is_valid);
+    links.and(rules).and(leases)
 }
 
 fn collect_links(input: &Input<'_>, valid: &[AttachmentKey]) -> Result<(), NetlinkError> {
@@ -31,14 +39,18 @@ fn collect_links(input: &Input<'_>, valid: &[AttachmentKey]) -> Result<(), Netli
                 container_id,
                 ifname,
             };
-            plan::host_name(network, &owner)
+            names::host_name(network, &owner)
         })
         .collect();
-    let prefix = plan::alias_prefix(network);
+    let prefix = names::alias_prefix(network);
     let mut rtnl = Rtnl::open()?;
-    let ours = rtnl.links_of_kind("veth")?.into_iter();
+    // Devices for limits are named as their pair is, but for the beginning.
+    let mut ours = rtnl.links_of_kind("veth")?;
+    ours.extend(rtnl.ifbs()?);
     let changes: Vec<Change> = ours
-        .filter(|link| link.alias.starts_with(&prefix) && !of_valid.contains(&link.name))
+        .into_iter()
+        .filter(|link| link.alias.starts_with(&prefix))
+        .filter(|link| !of_valid.contains(&link.name.replacen("fb", "fv", 1)))
         .map(|link| Change::RemoveLink { name: link.name })
         .collect();
     for outcome in rtnl.apply_each(&changes)? {

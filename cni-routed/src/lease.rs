@@ -3,8 +3,9 @@
 use std::net::IpAddr;
 use std::path::Path;
 
+use cni::attach::names;
 use cni::ipam::{self, AllocateError, DirStore, Lease, Owner, Pool, Store};
-use cni::skel::{AttachmentKey, Input};
+use cni::skel::Input;
 use cni::types::{AttachResult, CniError, ErrorCode, IpConfig};
 use linux::netlink::Rtnl;
 
@@ -26,7 +27,7 @@ pub(crate) fn allocate(
     // The pair dies with its namespace: a lease whose veth is gone and whose namespace path is
     // gone too belongs to the dead.
     let is_gone = |lease: &Lease| {
-        let name = plan::host_name(&input.conf.name, &lease.owner);
+        let name = names::host_name(&input.conf.name, &lease.owner);
         !lease.netns.exists() && matches!(rtnl.borrow_mut().link_by_name(&name), Ok(None))
     };
     let owner = input.owner();
@@ -108,16 +109,10 @@ pub(crate) fn check(
 pub(crate) fn collect(
     input: &Input<'_>,
     conf: &RoutedConf,
-    valid: &[AttachmentKey],
+    is_valid: impl Fn(&Owner) -> bool,
 ) -> Result<(), CniError> {
     let pool = known_pool(input, conf);
     let mut store = open(conf, input)?;
-    let is_valid = |owner: &Owner| {
-        let same = |key: &AttachmentKey| {
-            key.container_id == owner.container_id && key.ifname == owner.ifname
-        };
-        valid.iter().any(same)
-    };
     ipam::collect(&mut store, &pool, is_valid)
         .map(|_| ())
         .map_err(|e| CniError::caused(ErrorCode::Io, "free leases of the dead", &e))

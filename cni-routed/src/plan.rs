@@ -1,8 +1,7 @@
-//! Names, hardware addresses, routes and changes, from plain values.
+//! Routes and changes, from plain values.
 
 use std::net::IpAddr;
 
-use cni::ipam::Owner;
 use cni::types::{AttachResult, Route};
 use ipnet::IpNet;
 use linux::netlink::{
@@ -10,65 +9,6 @@ use linux::netlink::{
 };
 
 use crate::POD_ROUTE_PROTOCOL;
-
-/// First of every alias of ours.
-const MARK: &str = "ferrule";
-
-/// The kernel keeps 255 bytes of an alias.
-const MAX_ALIAS_BYTES: usize = 255;
-
-/// Name of the node's end: the same for the same attachment, so that DEL and a repeated ADD find
-/// it without asking anyone. 52 bits of hash; the alias tells a clash.
-pub(crate) fn host_name(network: &str, owner: &Owner) -> String {
-    let key = format!("{network}\0{}\0{}", owner.container_id, owner.ifname);
-    format!("fr{:013x}", hash(key.as_bytes()) >> 12)
-}
-
-/// The owner's mark on the node's end.
-pub(crate) fn alias(network: &str, owner: &Owner) -> String {
-    let mut alias = format!("{MARK}:{network}:{}:{}", owner.ifname, owner.container_id);
-    // Names are ASCII, so any place is a boundary.
-    alias.truncate(MAX_ALIAS_BYTES);
-    alias
-}
-
-/// Begins the alias of every pair of a network.
-pub(crate) fn alias_prefix(network: &str) -> String {
-    format!("{MARK}:{network}:")
-}
-
-/// Hardware address of the container's end: made from its address, so that it means the same to
-/// whoever watches.
-pub(crate) fn container_mac(first: Option<IpAddr>, host_name: &str) -> Mac {
-    match first {
-        Some(IpAddr::V4(v4)) => {
-            let [a, b, c, d] = v4.octets();
-            Mac([0x0a, 0x58, a, b, c, d])
-        }
-        Some(IpAddr::V6(v6)) => hashed_mac(0x0e, &v6.octets()),
-        None => hashed_mac(0x06, host_name.as_bytes()),
-    }
-}
-
-/// Hardware address of the node's end: fixed at creation, so that nothing (udev) changes it.
-pub(crate) fn host_mac(host_name: &str) -> Mac {
-    hashed_mac(0x02, host_name.as_bytes())
-}
-
-/// Locally administered (bit 1), not a group (bit 0): `first` has the former only.
-fn hashed_mac(first: u8, bytes: &[u8]) -> Mac {
-    let [_, _, _, a, b, c, d, e] = hash(bytes).to_be_bytes();
-    Mac([first, a, b, c, d, e])
-}
-
-fn hash(bytes: &[u8]) -> u64 {
-    let sum = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| {
-        (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    // FNV's last step spreads the last bytes badly; one more mixing round mends that.
-    let mixed = (sum ^ (sum >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
-    mixed ^ (mixed >> 33)
-}
 
 /// A network of one address.
 pub(crate) fn single(address: IpAddr) -> IpNet {
@@ -237,21 +177,5 @@ mod tests {
         let ips = [("10.1.0.2/32", "10.1.0.1")];
         let asked = result(&ips, &[("0.0.0.0/0", Some("10.1.0.1"))]);
         assert_eq!(shown(&routes(&asked)), ["0.0.0.0/0 via 10.1.0.1"]);
-    }
-
-    #[test]
-    fn names_and_marks_fit_the_kernel() {
-        let owner = |id: &str| Owner {
-            container_id: id.into(),
-            ifname: "eth0".into(),
-        };
-        assert_eq!(host_name("net", &owner("a")).len(), 15);
-        assert_ne!(host_name("net", &owner("a")), host_name("net", &owner("b")));
-        let long = alias("net", &owner(&"x".repeat(400)));
-        assert_eq!(long.len(), 255);
-        assert!(long.starts_with(&alias_prefix("net")));
-        for mac in [container_mac(None, "x"), host_mac("x")] {
-            assert_eq!(mac.0[0] & 0b11, 0b10, "{mac} is local and no group");
-        }
     }
 }

@@ -372,6 +372,49 @@ fn addresses_and_hardware_addresses_asked_for_are_given() {
 }
 
 #[test]
+fn host_ports_and_limits_come_and_go_with_the_pod() {
+    let mut lab = Lab::new(&["10.244.1.0/24"]);
+    let two = Pod::new("two");
+    lab.add(&two).unwrap();
+    lab.conf["runtimeConfig"] = json!({
+        "portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "udp"}],
+        "bandwidth": {"ingressRate": 10_000_000, "ingressBurst": 1_000_000,
+                      "egressRate": 10_000_000, "egressBurst": 1_000_000},
+    });
+    let one = Pod::new("one");
+    let result = lab.add(&one).unwrap();
+    lab.check(&one, &result).unwrap();
+    let loopback = lab.rtnl().link_by_name("lo").unwrap().unwrap().index;
+    let address = linux::netlink::AddressSpec {
+        index: loopback,
+        address: "192.0.2.1".parse().unwrap(),
+        prefix_len: 32,
+        detect_duplicates: false,
+    };
+    lab.rtnl().apply(&[Change::AddAddress(address)]).unwrap();
+    // Another pod, the pod itself by way of the node, and the node.
+    for from in [&two.netns, &one.netns, &lab.node] {
+        let listener = in_netns(one.netns.as_fd(), || UdpSocket::bind("0.0.0.0:80").unwrap());
+        let listener = listener.unwrap();
+        listener
+            .set_read_timeout(Some(Duration::from_secs(2)))
+            .unwrap();
+        in_netns(from.as_fd(), || {
+            let sender = UdpSocket::bind("0.0.0.0:0").unwrap();
+            sender.send_to(b"hello", "192.0.2.1:8080").unwrap();
+        })
+        .unwrap();
+        listener.recv(&mut [0; 16]).unwrap();
+    }
+    assert_eq!(lab.rtnl().ifbs().unwrap().len(), 1);
+    lab.del("one", "").unwrap();
+    lab.del("two", "").unwrap();
+    assert_eq!(lab.rtnl().ifbs().unwrap().len(), 0);
+    assert_eq!(lab.files("rules"), 0);
+    lab.assert_nothing_left();
+}
+
+#[test]
 fn a_bad_value_names_its_field() {
     for (key, value, said) in [
         (

@@ -13,6 +13,7 @@ mod full_disks_harm_nobody;
 mod kills_at_any_moment_leave_nothing;
 mod logs_and_exec_reach_containers;
 mod nodes_register_and_report;
+mod pod_networks_span_nodes;
 mod pods_end_in_order_and_can_be_debugged;
 mod pods_start_over_and_give_way;
 mod pods_start_restart_and_end;

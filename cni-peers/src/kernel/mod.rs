@@ -11,7 +11,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cni::firewall;
+use cni::attach::rules::Rules;
+use cni::firewall::{self, HostPorts};
+use cni::records::Records;
+use cni::types::CniError;
 use cni_routed::PEER_ROUTE_PROTOCOL;
 use cni_routed::state::{self, NodeState};
 use linux::netlink::{Change, NetlinkError, Outcome, Rtnl, TABLE_MAIN};
@@ -37,6 +40,8 @@ pub(crate) struct Settings {
     /// `internal` is filled in from the Node.
     pub(crate) wish: UnderlayWish,
     pub(crate) state_dir: PathBuf,
+    /// Where the plugin keeps its records.
+    pub(crate) data_dir: PathBuf,
     /// Name of the network in the network list: rules are filed under it.
     pub(crate) network: String,
     pub(crate) masquerade: bool,
@@ -88,6 +93,8 @@ pub(crate) enum KernelError {
     Sysctl(#[from] linux::sysctl::SysctlError),
     #[error(transparent)]
     State(#[from] state::StateError),
+    #[error(transparent)]
+    HostPorts(#[from] CniError),
     #[error("{0}")]
     Other(String),
 }
@@ -388,11 +395,26 @@ impl Reconciler {
         }
     }
 
+    /// Puts back the host ports that the plugin has on record, as its network list configures them.
+    fn repair_host_ports(&mut self, own: &PeerNode) -> Result<(), KernelError> {
+        let ports = HostPorts::parse(&serde_json::Map::new())?;
+        let rules = Rules {
+            network: &self.settings.network,
+            records: Records::of(&self.settings.data_dir, &self.settings.network),
+            ports: &ports,
+            admin_chain: None,
+            subnets: own.pod_cidrs.clone(),
+        };
+        rules.repair()?;
+        Ok(())
+    }
+
     /// What leaves the pod networks gets the node's address, one static chain; outer packets are
     /// not tracked.
     fn keep_rules(&mut self, own: &PeerNode) -> Result<(), KernelError> {
         let prefix = firewall::masquerade_prefix(&self.settings.network);
         let mut wanted = Vec::new();
+        let before = self.report.changes;
         if self.settings.backend == Backend::Vxlan {
             for chain in firewall::untracked(self.settings.conf.port) {
                 if self.nft.ensure_chain(&chain)? {
@@ -408,6 +430,10 @@ impl Reconciler {
                 self.report.changes += 1;
             }
             wanted.push(chain.name);
+        }
+        if self.report.changes > before {
+            // Whoever flushed these flushed the pods' host ports too.
+            self.repair_host_ports(own)?;
         }
         if self.settled {
             return Ok(());

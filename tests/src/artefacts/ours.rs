@@ -184,3 +184,34 @@ fn cargo_build(command: &mut Command, step: &mut Step) -> Result<()> {
     anyhow::ensure!(status.success(), "`{line}` failed ({status}):\n{said}");
     Ok(())
 }
+
+/// Builds the networks that span nodes, plugins and peer agents, and says which directory they
+/// are in.
+///
+/// # Errors
+/// When cargo fails; the error carries its messages.
+pub fn peer_programs() -> Result<PathBuf> {
+    const PROGRAMS: [&str; 4] = [
+        "cni-vxlan",
+        "cni-vxlan-agent",
+        "cni-hostgw",
+        "cni-hostgw-agent",
+    ];
+    if std::env::var_os(NO_BUILD).is_none() {
+        let mut step = Step::begin("build cni-vxlan, cni-hostgw and their agents".to_owned());
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut words = vec!["build", "--workspace", "--profile", TEST_PROFILE];
+        for program in PROGRAMS {
+            words.extend(["--bin", program]);
+        }
+        let mut command = command::command(&cargo, &words);
+        cargo_build(command.current_dir(paths::workspace()), &mut step)?;
+        step.done("");
+    }
+    let dir = paths::target().join(directory(TEST_PROFILE));
+    for program in PROGRAMS {
+        let path = dir.join(program);
+        anyhow::ensure!(path.is_file(), "cargo built no {}", path.display());
+    }
+    Ok(dir)
+}

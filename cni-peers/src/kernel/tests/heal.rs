@@ -7,7 +7,7 @@ use linux::netlink::{
 };
 use linux::sysctl::Sysctl;
 
-use super::lab::{Families, Lab, Node, address, heals, link, reaches, within_limit};
+use super::lab::{Families, Lab, Node, address, heals, link, reaches, to_port, within_limit};
 use crate::netconf::Backend;
 use cni_routed::PEER_ROUTE_PROTOCOL;
 
@@ -206,6 +206,25 @@ fn flushed_rules_come_back() {
             node.nft().chains().unwrap() == chains
         });
     }
+}
+
+#[test]
+fn host_ports_come_back_after_a_flush() {
+    let lab = Lab::new(2, Backend::Vxlan, Families::V4);
+    let (node, other) = (&lab.nodes[0], &lab.nodes[1]);
+    let mapping = serde_json::json!({"portMappings": [
+        {"hostPort": 5353, "containerPort": 53, "protocol": "udp"},
+    ]});
+    let pod = node.pod_with("one", mapping);
+    let at = (ip("192.0.2.1"), 5353);
+    let served = || to_port(&other.netns, at, &pod, 53);
+    within_limit("the port is served", served);
+    let flush = ["flush", "ruleset"];
+    let status = node.run(|| std::process::Command::new("nft").args(flush).status());
+    assert!(status.unwrap().success());
+    within_limit("the port is served again", served);
+    node.remove(&pod);
+    assert!(!served());
 }
 
 /// udev's MACAddressPolicy gives new devices an address of its own when it comes late.

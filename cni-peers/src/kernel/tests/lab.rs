@@ -15,7 +15,7 @@ use linux::netlink::{
     AddressSpec, BridgeSpec, Change, Link, Mac, Rtnl, VethSpec, in_netns, new_netns,
 };
 use linux::nft::Nft;
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::watch;
 
@@ -155,6 +155,7 @@ impl Lab {
             conf: conf(families),
             wish: UnderlayWish::default(),
             state_dir: dir.path().join("state"),
+            data_dir: dir.path().join("leases"),
             network: "pods".into(),
             masquerade: true,
             resync: Duration::from_secs(5),
@@ -314,8 +315,9 @@ impl Node {
         self.reports = reports;
     }
 
-    fn call(&self, verb: &str, id: &str, netns: &str) -> (bool, Vec<u8>) {
+    fn call(&self, verb: &str, id: &str, netns: &str, runtime: Value) -> (bool, Vec<u8>) {
         let conf = json!({
+            "runtimeConfig": runtime,
             "cniVersion": "1.1.0", "name": "pods", "type": self.backend.plugin().kind,
             "stateDir": self.settings.state_dir, "dataDir": self.dir.path().join("leases"),
         });
@@ -334,9 +336,14 @@ impl Node {
 
     /// A pod made by the plugin.
     pub(super) fn pod(&self, id: &str) -> Pod {
+        self.pod_with(id, json!({}))
+    }
+
+    /// The same with what a runtime asks for.
+    pub(super) fn pod_with(&self, id: &str, runtime: Value) -> Pod {
         let netns = new_netns().unwrap();
         let path = format!("/proc/{}/fd/{}", std::process::id(), netns.as_raw_fd());
-        let (fine, printed) = self.call("ADD", id, &path);
+        let (fine, printed) = self.call("ADD", id, &path, runtime);
         assert!(fine, "{}", String::from_utf8_lossy(&printed));
         Pod {
             id: id.into(),
@@ -346,7 +353,7 @@ impl Node {
     }
 
     pub(super) fn remove(&self, pod: &Pod) {
-        let (fine, printed) = self.call("DEL", &pod.id, "");
+        let (fine, printed) = self.call("DEL", &pod.id, "", json!({}));
         assert!(fine, "{}", String::from_utf8_lossy(&printed));
     }
 
@@ -364,6 +371,21 @@ impl Pod {
         let mut same = self.result.ips.iter().map(|ip| ip.address.addr());
         same.find(|address| address.is_ipv4() == v4).unwrap()
     }
+}
+
+/// Whether a datagram from one namespace to an address and port reaches a pod that listens there.
+pub(super) fn to_port(from: &File, to: (IpAddr, u16), pod: &Pod, listens: u16) -> bool {
+    let any = Ipv4Addr::UNSPECIFIED;
+    let receiver = in_netns(pod.netns.as_fd(), || {
+        UdpSocket::bind((any, listens)).unwrap()
+    });
+    let receiver = receiver.unwrap();
+    let wait = Some(Duration::from_millis(200));
+    receiver.set_read_timeout(wait).unwrap();
+    let sent = in_netns(from.as_fd(), || {
+        UdpSocket::bind((any, 0)).unwrap().send_to(b"hello", to)
+    });
+    sent.unwrap().is_ok() && receiver.recv(&mut [0; 16]).is_ok()
 }
 
 /// Whether a datagram of this size from one namespace reaches a pod, and from which address.
