@@ -26,9 +26,11 @@ pub(crate) fn add(input: &Input<'_>) -> Result<AttachResult, CniError> {
     input.refuse_unknown_args(&["IP", "MAC"])?;
     conf.tuning.allowed_by(Path::new(tuning::ALLOWLIST))?;
     let netns_path = input.netns.as_deref().unwrap_or(Path::new(""));
-    let netns = open_netns(netns_path)?;
+    let (netns, home) = open_namespaces(netns_path)?;
     let mut rtnl = Rtnl::open().map_err(|e| kernel(&e))?;
-    let mut inside = Rtnl::open_in(netns.as_fd()).map_err(|e| kernel(&e))?;
+    // The plugin is a process of one thread.
+    let inside = Rtnl::open_visiting(netns.as_fd(), home.as_fd());
+    let mut inside = inside.map_err(|e| kernel(&e))?;
     refuse_foreign_interface(input, &mut rtnl, &mut inside)?;
     let mut result = address::allocate(input, &conf.ipam, &mut rtnl)?;
     let made = attach(input, &conf, &netns, &mut rtnl, &mut inside, &mut result);
@@ -43,20 +45,22 @@ pub(crate) fn add(input: &Input<'_>) -> Result<AttachResult, CniError> {
     Ok(result)
 }
 
-fn open_netns(path: &Path) -> Result<File, CniError> {
+/// The container's namespace and the node's own, which must be two.
+fn open_namespaces(path: &Path) -> Result<(File, File), CniError> {
     let failed = |what: &str, e: &io::Error| {
         let msg = format!("{what} network namespace {}", path.display());
         CniError::caused(ErrorCode::InvalidEnvironment, msg, e)
     };
     let netns = File::open(path).map_err(|e| failed("open", &e))?;
+    // Of the thread: a test's threads may be in namespaces of their own.
+    let home = File::open("/proc/thread-self/ns/net").map_err(|e| failed("compare", &e))?;
     let inode = |file: &File| file.metadata().map(|m| (m.dev(), m.ino()));
-    let own = std::fs::metadata("/proc/self/ns/net").map(|m| (m.dev(), m.ino()));
-    let own = own.map_err(|e| failed("compare", &e))?;
+    let own = inode(&home).map_err(|e| failed("compare", &e))?;
     if inode(&netns).map_err(|e| failed("look at", &e))? == own {
         let msg = format!("network namespace {} is the node's own", path.display());
         return Err(CniError::new(ErrorCode::InvalidEnvironment, msg));
     }
-    Ok(netns)
+    Ok((netns, home))
 }
 
 /// The specification: an ADD of an interface that exists must fail. One left by this very
@@ -118,7 +122,7 @@ fn attach(
     let mac = conf
         .mac
         .unwrap_or_else(|| names::container_mac(first, &host_name));
-    let guard = conf.guarded.then(|| Guard {
+    let guard = conf.guarded.then_some(Guard {
         port: host_name,
         mac: mac.0,
     });

@@ -1,4 +1,4 @@
-//! DEL: the pair, then its rules, then the lease. By container id and interface name alone: the
+//! DEL: the rules, then the pair, then the lease. By container id and interface name alone: the
 //! namespace may be empty, dead or wrong, and there need be no previous result.
 
 use cni::skel::Input;

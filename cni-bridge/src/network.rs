@@ -96,7 +96,8 @@ pub(crate) fn check(
             }
         }
         Some(Backend::Iptables) => {
-            if !xtables::masquerade_is_there(network, &subnets)? {
+            let there = xtables::masquerade_is_there(network, &subnets)?;
+            if !there {
                 return differs("iptables lacks the network's masquerade".into());
             }
         }
@@ -122,9 +123,9 @@ pub(crate) fn detach(
     rtnl: &mut Rtnl,
 ) -> Result<(), CniError> {
     let owner = input.owner();
-    let links = remove_links(input, rtnl);
     let rules = rules(input, conf, &AttachResult::default()).and_then(|r| r.remove(&owner));
-    links.and(rules)?;
+    let links = remove_links(input, rtnl);
+    rules.and(links)?;
     address::free(input, &conf.ipam)
 }
 

@@ -9,6 +9,7 @@ use std::os::fd::BorrowedFd;
 
 use crate::netlink::NetlinkError;
 use crate::netlink::socket::{Request, Socket};
+use crate::nft::Nft;
 
 const NETLINK_NETFILTER: isize = 12;
 const NFNL_SUBSYS_CTNETLINK: u16 = 1;
@@ -36,8 +37,8 @@ const NLA_F_NESTED: u16 = 0x8000;
 /// Which UDP connections to forget.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Udp {
-    /// Those that began by sending to this port, of either family.
-    SentTo(u16),
+    /// Those that began by sending to this port, of the family of this address.
+    SentTo(u16, IpAddr),
     /// Those that this address answers, whatever address they were sent to at first.
     AnsweredBy(IpAddr),
 }
@@ -73,39 +74,52 @@ impl Conntrack {
     ///
     /// # Errors
     /// [`NetlinkError`]; kernels before 6.8 know no such filter for deletion.
-    pub fn forget(&mut self, which: Udp) -> Result<(), NetlinkError> {
-        for request in which.requests() {
-            let sent = self.socket.send_batch(std::slice::from_ref(&request));
-            let verdicts = sent.map_err(|source| NetlinkError::talking(&request, source))?;
-            for verdict in verdicts {
-                match verdict {
-                    Err(refusal) if !refusal.is(libc::ENOENT) => {
-                        return Err(refusal.about(&request));
-                    }
-                    Ok(()) | Err(_) => {}
-                }
-            }
-        }
-        Ok(())
+    pub fn forget(&mut self, which: &[Udp]) -> Result<(), NetlinkError> {
+        forget(&mut self.socket, which)
     }
 }
 
+impl Nft {
+    /// As [`Conntrack::forget`], by the connection that is open already: closing one waits for
+    /// rules that were removed to be freed.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forget(&mut self, which: &[Udp]) -> Result<(), NetlinkError> {
+        forget(&mut self.socket, which)
+    }
+}
+
+fn forget(socket: &mut Socket, which: &[Udp]) -> Result<(), NetlinkError> {
+    let requests: Vec<Request> = which.iter().map(|which| which.request()).collect();
+    let Some(first) = requests.first() else {
+        return Ok(());
+    };
+    let sent = socket.send_batch(&requests);
+    let verdicts = sent.map_err(|source| NetlinkError::talking(first, source))?;
+    for (verdict, request) in verdicts.into_iter().zip(&requests) {
+        match verdict {
+            Err(refusal) if !refusal.is(libc::ENOENT) => return Err(refusal.about(request)),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
 impl Udp {
-    fn requests(self) -> Vec<Request> {
+    fn request(self) -> Request {
         match self {
-            Self::SentTo(port) => [libc::AF_INET, libc::AF_INET6]
-                .map(|family| {
-                    let flags = BY_PROTOCOL | BY_DESTINATION_PORT;
-                    let fill = |tuple: &mut Vec<u8>| {
-                        nested(tuple, CTA_TUPLE_PROTO, |protocol| {
-                            put(protocol, CTA_PROTO_NUM, &[IPPROTO_UDP]);
-                            put(protocol, CTA_PROTO_DST_PORT, &port.to_be_bytes());
-                        });
-                    };
-                    let object = format!("to UDP port {port}");
-                    delete(family as u8, CTA_TUPLE_ORIG, flags, fill, object)
-                })
-                .into(),
+            Self::SentTo(port, family) => {
+                let flags = BY_PROTOCOL | BY_DESTINATION_PORT;
+                let fill = |tuple: &mut Vec<u8>| {
+                    nested(tuple, CTA_TUPLE_PROTO, |protocol| {
+                        put(protocol, CTA_PROTO_NUM, &[IPPROTO_UDP]);
+                        put(protocol, CTA_PROTO_DST_PORT, &port.to_be_bytes());
+                    });
+                };
+                let object = format!("to UDP port {port}");
+                delete(family, CTA_TUPLE_ORIG, flags, fill, object)
+            }
             Self::AnsweredBy(address) => {
                 let fill = |tuple: &mut Vec<u8>| {
                     nested(tuple, CTA_TUPLE_IP, |ip| match address {
@@ -116,27 +130,27 @@ impl Udp {
                         put(protocol, CTA_PROTO_NUM, &[IPPROTO_UDP]);
                     });
                 };
-                let family = if address.is_ipv4() {
-                    libc::AF_INET
-                } else {
-                    libc::AF_INET6
-                };
                 let flags = BY_SOURCE | BY_PROTOCOL;
                 let object = format!("answered by {address}");
-                vec![delete(family as u8, CTA_TUPLE_REPLY, flags, fill, object)]
+                delete(address, CTA_TUPLE_REPLY, flags, fill, object)
             }
         }
     }
 }
 
 fn delete(
-    family: u8,
+    of_family: IpAddr,
     tuple: u16,
     flags: u32,
     fill: impl FnOnce(&mut Vec<u8>),
     object: String,
 ) -> Request {
-    let mut body = vec![family, 0, 0, 0];
+    let family = if of_family.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
+    let mut body = vec![family as u8, 0, 0, 0];
     nested(&mut body, tuple, fill);
     nested(&mut body, CTA_FILTER, |filter| {
         let (orig, reply) = if tuple == CTA_TUPLE_ORIG {
@@ -178,17 +192,19 @@ mod tests {
     fn forgetting_what_is_not_there_is_success() {
         let netns = crate::netlink::new_netns().expect("root is needed");
         let mut conntrack = Conntrack::open_in(netns.as_fd()).unwrap();
-        for which in [
-            Udp::SentTo(53),
-            Udp::AnsweredBy("10.1.0.2".parse().unwrap()),
-            Udp::AnsweredBy("fd00::2".parse().unwrap()),
-        ] {
-            match conntrack.forget(which) {
-                Err(e) if e.errno() == Some(libc::EINVAL) => {
-                    println!("skipped: this kernel deletes no connections by filter");
-                }
-                other => other.unwrap(),
+        let (four, six) = ("10.1.0.2".parse().unwrap(), "fd00::2".parse().unwrap());
+        let which = [
+            Udp::SentTo(53, four),
+            Udp::SentTo(53, six),
+            Udp::AnsweredBy(four),
+            Udp::AnsweredBy(six),
+        ];
+        match conntrack.forget(&which) {
+            Err(e) if e.errno() == Some(libc::EINVAL) => {
+                println!("skipped: this kernel deletes no connections by filter");
             }
+            other => other.unwrap(),
         }
+        conntrack.forget(&[]).unwrap();
     }
 }

@@ -182,8 +182,10 @@ fn capability_args(record: &SandboxRecord, cidrs: &[String]) -> BTreeMap<String,
             "hostIP": p.host_ip,
         })
     };
-    if !config.port_mappings.is_empty() {
-        let ports: Vec<Value> = config.port_mappings.iter().map(port).collect();
+    // Ports that are only declared have no port on the node.
+    let mapped = config.port_mappings.iter().filter(|p| p.host_port > 0);
+    let ports: Vec<Value> = mapped.map(port).collect();
+    if !ports.is_empty() {
         args.insert("portMappings".to_owned(), Value::Array(ports));
     }
     if let Some(dns) = &config.dns {

@@ -7,7 +7,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use linux::conntrack::{Conntrack, Udp};
+use linux::conntrack::Udp;
 use linux::netlink::NetlinkError;
 use linux::nft::Nft;
 
@@ -94,16 +94,14 @@ impl Rules<'_> {
         self.records
             .put(&lock, &record)
             .map_err(|e| records_failed(&e))?;
-        self.make(&lock, &record)?;
-        forget_udp(&record.forwards);
-        Ok(())
+        self.make(&lock, &record)
     }
 
     /// What an earlier ADD of this attachment made and this one does not want.
     fn forget_former(&self, lock: &RulesLock, record: &Record) -> Result<(), CniError> {
         let former = self.records.get(&record.owner);
         match former.map_err(|e| records_failed(&e))? {
-            Some(former) if former != *record => self.unmake(lock, &former),
+            Some(former) if former != *record => self.unmake(lock, &former).map(|_| ()),
             Some(_) | None => Ok(()),
         }
     }
@@ -135,11 +133,16 @@ impl Rules<'_> {
         if let Some(chain) = self.admin_chain {
             xtables::admit(&record.admitted, chain)?;
         }
+        // Connections that began before the port led here.
+        forget_udp(&mut nft, &record.forwards, |forward| {
+            Udp::SentTo(forward.host_port, forward.to)
+        });
         Ok(())
     }
 
-    fn unmake(&self, _lock: &RulesLock, record: &Record) -> Result<(), CniError> {
+    fn unmake(&self, _lock: &RulesLock, record: &Record) -> Result<Option<Nft>, CniError> {
         let owner = &record.owner;
+        let mut used = None;
         if record.backend == Backend::Iptables && !record.forwards.is_empty() {
             xtables::remove_forwards(self.network, owner, self.ports)?;
         }
@@ -153,12 +156,16 @@ impl Rules<'_> {
             if let Some(guard) = &record.guard {
                 firewall::remove_guard(&mut nft, guard, owner).map_err(|e| kernel(&e))?;
             }
+            used = Some(nft);
         }
         if !record.admitted.is_empty() {
             xtables::expel(&record.admitted)?;
         }
-        forget_udp(&record.forwards);
-        Ok(())
+        // Connections that would go on to whoever has the address next.
+        forget_udp(&mut used, &record.forwards, |forward| {
+            Udp::AnsweredBy(forward.to)
+        });
+        Ok(used)
     }
 
     fn all_forwards(&self, lock: &RulesLock) -> Result<Vec<(Owner, Vec<Forward>)>, CniError> {
@@ -175,19 +182,26 @@ impl Rules<'_> {
 
     /// Takes away what an attachment has. Having nothing is success.
     ///
+    /// Whoever closes a connection to nftables waits until the kernel has really freed what was
+    /// removed, some 20 ms. So it is returned: let the links be removed, which takes as long, and
+    /// drop it then.
+    ///
     /// # Errors
     /// Codes 100 and 5; repeat then.
-    pub fn remove(&self, owner: &Owner) -> Result<(), CniError> {
+    pub fn remove(&self, owner: &Owner) -> Result<Option<Nft>, CniError> {
         if !self.records.has(owner) {
-            return Ok(());
+            return Ok(None);
         }
         let lock = self.records.lock().map_err(|e| records_failed(&e))?;
-        if let Some(record) = self.records.get(owner).map_err(|e| records_failed(&e))? {
-            self.unmake(&lock, &record)?;
-        }
+        let record = self.records.get(owner).map_err(|e| records_failed(&e))?;
+        let used = match record {
+            Some(record) => self.unmake(&lock, &record)?,
+            None => None,
+        };
         self.records
             .remove(&lock, owner)
-            .map_err(|e| records_failed(&e))
+            .map_err(|e| records_failed(&e))?;
+        Ok(used)
     }
 
     /// Sees whether an attachment has what it wants.
@@ -283,7 +297,7 @@ impl Rules<'_> {
             let lock = self.records.lock().map_err(|e| records_failed(&e))?;
             let all = self.records.all(&lock).map_err(|e| records_failed(&e))?;
             for record in all.iter().filter(|record| !is_valid(&record.owner)) {
-                let removed = self.unmake(&lock, record).and_then(|()| {
+                let removed = self.unmake(&lock, record).and_then(|_| {
                     let removed = self.records.remove(&lock, &record.owner);
                     removed.map_err(|e| records_failed(&e))
                 });
@@ -309,23 +323,14 @@ fn opened(nft: &mut Option<Nft>) -> Result<&mut Nft, CniError> {
 
 /// UDP connections of former rules would keep going where they went. Failing to forget them is
 /// not worth failing an ADD or DEL for: they pass with their time-out.
-fn forget_udp(forwards: &[Forward]) {
-    let of_udp: Vec<&Forward> = forwards
-        .iter()
-        .filter(|forward| forward.protocol == IPPROTO_UDP)
-        .collect();
-    if of_udp.is_empty() {
+fn forget_udp(nft: &mut Option<Nft>, forwards: &[Forward], which: impl Fn(&Forward) -> Udp) {
+    let of_udp = forwards.iter().filter(|f| f.protocol == IPPROTO_UDP);
+    let mut which: Vec<Udp> = of_udp.map(which).collect();
+    which.dedup();
+    if which.is_empty() {
         return;
     }
-    let Ok(mut conntrack) = Conntrack::open() else {
-        return;
-    };
-    for forward in &of_udp {
-        let _ = conntrack.forget(Udp::SentTo(forward.host_port));
-    }
-    let mut addresses: Vec<IpAddr> = of_udp.iter().map(|forward| forward.to).collect();
-    addresses.dedup();
-    for address in addresses {
-        let _ = conntrack.forget(Udp::AnsweredBy(address));
+    if let Ok(nft) = opened(nft) {
+        let _ = nft.forget(&which);
     }
 }

@@ -313,7 +313,7 @@ impl<'a> Queues<'a> {
         let fresh = u64::from(cursor.fresh);
         let waiting = cursor.tail.saturating_sub(cursor.head);
         let left = positions.saturating_sub(fresh) + waiting;
-        left * 20 <= positions && (fresh + cursor.head) % (positions / 64).max(OFTEN) == 0
+        left * 20 <= positions && (fresh + cursor.head).is_multiple_of((positions / 64).max(OFTEN))
     }
 
     /// Frees leases of the dead and queues their addresses.

@@ -91,6 +91,26 @@ impl Socket {
             .map_err(|source| NetlinkError::opening(family, source))
     }
 
+    /// Opens one in another network namespace by a visit of the calling thread there. For
+    /// programs of one thread: it saves starting another.
+    ///
+    /// A thread that cannot come home must not go on: the process is aborted.
+    pub(crate) fn open_visiting(
+        netns: BorrowedFd<'_>,
+        home: BorrowedFd<'_>,
+        family: isize,
+    ) -> Result<Self, NetlinkError> {
+        let visit = || {
+            nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET)?;
+            let opened = Self::open_raw(family);
+            if nix::sched::setns(home, nix::sched::CloneFlags::CLONE_NEWNET).is_err() {
+                std::process::abort();
+            }
+            opened
+        };
+        visit().map_err(|source| NetlinkError::opening(family, source))
+    }
+
     fn open_raw(family: isize) -> io::Result<Self> {
         let raw = RawSocket::new(family)?;
         // Without the request's payload in answers, and with the kernel's reason in words.
@@ -236,9 +256,13 @@ impl Socket {
     }
 
     fn receive(&self) -> io::Result<Vec<u8>> {
+        /// The kernel fills at most 32 KiB at once; asking for the size first would double the
+        /// system calls.
+        const MOST_BYTES: usize = 64 << 10;
         loop {
-            match self.raw.recv_from_full() {
-                Ok((bytes, _)) => return Ok(bytes),
+            let mut bytes = Vec::with_capacity(MOST_BYTES);
+            match self.raw.recv(&mut bytes, 0) {
+                Ok(_) => return Ok(bytes),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }

@@ -101,7 +101,10 @@ fn a_pair_is_born_in_the_bridge_and_in_the_namespace_by_one_request() {
     );
 
     let remove = Change::RemoveLink { name: "v1".into() };
-    assert_eq!(rtnl.apply(&[remove.clone()]).unwrap(), [Outcome::Done]);
+    assert_eq!(
+        rtnl.apply(std::slice::from_ref(&remove)).unwrap(),
+        [Outcome::Done]
+    );
     assert_eq!(rtnl.apply(&[remove]).unwrap(), [Outcome::Unchanged]);
     assert!(inside.link_by_name("eth0").unwrap().is_none());
 }

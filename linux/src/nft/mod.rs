@@ -268,7 +268,7 @@ fn on_chain(table: Table, kind: u16, operation: &'static str, chain: &str) -> Re
 /// A connection to nftables in one network namespace.
 #[derive(Debug)]
 pub struct Nft {
-    socket: Socket,
+    pub(crate) socket: Socket,
 }
 
 impl Nft {

@@ -167,14 +167,8 @@ impl Expr {
                 load_meta(list, NFT_META_NFPROTO, NFT_REG_1);
                 compare(list, NFT_CMP_EQ, &[family.number()]);
             }
-            Self::Source(sense, prefix) => {
-                let offset = if prefix.address.is_ipv4() { 12 } else { 8 };
-                prefix_test(list, offset, prefix, sense.operator());
-            }
-            Self::Destination(sense, prefix) => {
-                let offset = if prefix.address.is_ipv4() { 16 } else { 24 };
-                prefix_test(list, offset, prefix, sense.operator());
-            }
+            Self::Source(sense, prefix) => prefix_test(list, (12, 8), prefix, *sense),
+            Self::Destination(sense, prefix) => prefix_test(list, (16, 24), prefix, *sense),
             Self::InInterface(sense, name) => {
                 load_meta(list, NFT_META_IIFNAME, NFT_REG_1);
                 compare(list, sense.operator(), &interface_name(name));
@@ -184,13 +178,11 @@ impl Expr {
                 compare(list, sense.operator(), &interface_name(name));
             }
             Self::Mark(sense, mask, value) => {
-                load_meta(list, NFT_META_MARK, NFT_REG_1);
-                bitwise(list, &mask.to_ne_bytes(), &[0; 4]);
+                masked_mark(list, *mask, 0);
                 compare(list, sense.operator(), &value.to_ne_bytes());
             }
             Self::SetMark { keep, flip } => {
-                load_meta(list, NFT_META_MARK, NFT_REG_1);
-                bitwise(list, &keep.to_ne_bytes(), &flip.to_ne_bytes());
+                masked_mark(list, *keep, *flip);
                 store_mark(list);
             }
             Self::Transport(sense, protocol) => {
@@ -261,6 +253,11 @@ fn load_meta(list: &mut Vec<u8>, key: u32, register: u32) {
     });
 }
 
+fn masked_mark(list: &mut Vec<u8>, mask: u32, flip: u32) {
+    load_meta(list, NFT_META_MARK, NFT_REG_1);
+    bitwise(list, &mask.to_ne_bytes(), &flip.to_ne_bytes());
+}
+
 fn store_mark(list: &mut Vec<u8>) {
     const NFTA_META_KEY: u16 = 2;
     const NFTA_META_SREG: u16 = 3;
@@ -321,11 +318,11 @@ fn bitwise(list: &mut Vec<u8>, mask: &[u8], xor: &[u8]) {
     });
 }
 
-/// Load the address at `offset`, mask it, compare it with the prefix.
-fn prefix_test(list: &mut Vec<u8>, offset: u32, prefix: &Prefix, operator: u32) {
-    let octets = match prefix.address {
-        IpAddr::V4(v4) => v4.octets().to_vec(),
-        IpAddr::V6(v6) => v6.octets().to_vec(),
+/// Load the address at the offset (in IPv4, in IPv6), mask it, compare it with the prefix.
+fn prefix_test(list: &mut Vec<u8>, offsets: (u32, u32), prefix: &Prefix, sense: Sense) {
+    let (offset, octets) = match prefix.address {
+        IpAddr::V4(v4) => (offsets.0, v4.octets().to_vec()),
+        IpAddr::V6(v6) => (offsets.1, v6.octets().to_vec()),
     };
     let mask: Vec<u8> = (0..octets.len())
         .map(|byte| mask_byte(prefix.len, byte))
@@ -337,7 +334,7 @@ fn prefix_test(list: &mut Vec<u8>, offset: u32, prefix: &Prefix, operator: u32) 
         .collect();
     load_payload(list, NETWORK_HEADER, offset, octets.len() as u32, NFT_REG_1);
     bitwise(list, &mask, &vec![0; octets.len()]);
-    compare(list, operator, &wanted);
+    compare(list, sense.operator(), &wanted);
 }
 
 fn compare(list: &mut Vec<u8>, operator: u32, wanted: &[u8]) {

@@ -186,11 +186,11 @@ fn a_map_sends_ports_on_and_its_elements_know_their_owner() {
     assert!(nft.look_up(TABLE, &six).unwrap().unwrap().same_value);
     let other = port("four", 8080, "10.1.0.3", 80, "c2/eth0");
     assert!(!nft.look_up(TABLE, &other).unwrap().unwrap().same_value);
-    let refused = nft.commit(&Transaction::on(TABLE).put_elements(&[other.clone()]));
+    let refused = nft.commit(&Transaction::on(TABLE).put_elements(std::slice::from_ref(&other)));
     assert!(refused.is_err(), "another value under the same key");
     let replace = Transaction::on(TABLE)
         .remove_element(&other)
-        .add_elements(&[other.clone()]);
+        .add_elements(std::slice::from_ref(&other));
     nft.commit(&replace).unwrap();
     let found = nft.look_up(TABLE, &first).unwrap().unwrap();
     assert_eq!((found.same_value, found.owner.as_str()), (false, "c2/eth0"));
