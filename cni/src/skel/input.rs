@@ -132,9 +132,9 @@ impl Conf {
         }
     }
 
-    pub(super) fn valid(&self) -> Result<Vec<AttachmentKey>, CniError> {
-        // Runtimes older than the final 1.1.0 wrote the second key only. Without either nothing
-        // may be taken for garbage.
+    /// The attachments GC has to leave alone; none when the runtime gave no list.
+    pub(super) fn valid(&self) -> Result<Option<Vec<AttachmentKey>>, CniError> {
+        // Runtimes older than the final 1.1.0 wrote the second key only.
         let keys = ["cni.dev/valid-attachments", "cni.dev/attachments"];
         let found = keys
             .iter()
@@ -143,7 +143,7 @@ impl Conf {
             CniError::new(ErrorCode::InvalidConfig, format!("{key} {what}"))
         };
         let Some((key, value)) = found else {
-            return Err(wrong(keys[0], "is missing"));
+            return Ok(None);
         };
         let items = match value {
             Value::Array(items) => items.as_slice(),
@@ -160,7 +160,8 @@ impl Conf {
             })
         };
         let all: Option<Vec<_>> = items.iter().map(attachment).collect();
-        all.ok_or_else(|| wrong(key, "holds something without containerID or ifname"))
+        all.map(Some)
+            .ok_or_else(|| wrong(key, "holds something without containerID or ifname"))
     }
 }
 

@@ -100,7 +100,11 @@ fn serve(
         },
         Verb::Gc => conf
             .valid()
-            .and_then(|valid| plugin.gc(&input, &valid))
+            .and_then(|valid| match valid {
+                Some(valid) => plugin.gc(&input, &valid),
+                // `cnitool gc` gives no list. Then nothing may be taken for garbage.
+                None => Ok(()),
+            })
             .map(|()| None),
         Verb::Status => plugin.status(&input).map(|()| None),
         Verb::Version => Ok(None),

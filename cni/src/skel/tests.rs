@@ -127,7 +127,8 @@ fn each_bad_thing_has_its_code() {
         code(&environment("CHECK"), CONF),
         (7, "CHECK needs prevResult".into())
     );
-    assert_eq!(code(&environment("GC"), CONF).0, 7);
+    let wrong = CONF.replace('}', r#","cni.dev/valid-attachments":{}}"#);
+    assert_eq!(code(&environment("GC"), &wrong).0, 7);
 }
 
 #[test]
@@ -162,6 +163,14 @@ fn gc_reads_both_keys_and_an_empty_list() {
         let conf = format!(r#"{{"cniVersion":"1.1.0","name":"n",{list}}}"#);
         assert_eq!(call(&Notes::default(), &bare, &conf).1, [expected]);
     }
+}
+
+#[test]
+fn gc_without_a_list_takes_nothing_for_garbage() {
+    let bare = Environment::default().with("CNI_COMMAND", "GC");
+    let conf = r#"{"cniVersion":"1.1.0","name":"n"}"#;
+    let (printed, calls) = call(&Notes::default(), &bare, conf);
+    assert_eq!((printed, calls.len()), (Value::Null, 0));
 }
 
 #[test]
