@@ -3,7 +3,7 @@
 
 use super::debian;
 use super::layer::Layer;
-use super::layout::{Image, Run, Store, image};
+use super::layout::{Blob, Image, Run, Store, image};
 use super::recipes::{Recipe, built, recipe};
 use crate::artefacts::cache::Inputs;
 use crate::artefacts::go;
@@ -91,7 +91,7 @@ fn kube_proxy(cache: &Path, store: &Store) -> Result<Image> {
 }
 
 /// `nft` and the `iptables` that speaks nftables, under the names Debian's alternatives give it.
-fn netfilter_layer(cache: &Path, store: &Store) -> Result<super::layout::Blob> {
+fn netfilter_layer(cache: &Path, store: &Store) -> Result<Blob> {
     let mut inputs = Inputs::default();
     inputs.word("netfilter 1");
     for package in NETFILTER {
@@ -114,14 +114,18 @@ fn netfilter_layer(cache: &Path, store: &Store) -> Result<super::layout::Blob> {
     built
 }
 
-fn coredns(_: &Path, store: &Store) -> Result<Image> {
+/// CoreDNS at `/coredns`, where its own image and agnhost's have it.
+pub(super) fn coredns_layer(store: &Store) -> Result<Blob> {
     let file = go::coredns()?.join("coredns");
     let mut inputs = Inputs::default();
     built(&mut inputs, &file).word("coredns 1");
-    let layer = store.layer("coredns", inputs, |layer| {
+    store.layer("coredns", inputs, |layer| {
         layer.file("coredns", 0o755, fs::read(&file)?);
         Ok(())
-    })?;
+    })
+}
+
+fn coredns(_: &Path, store: &Store) -> Result<Image> {
     let run = Run {
         entrypoint: &["/coredns"],
         working_dir: "/",
@@ -129,7 +133,7 @@ fn coredns(_: &Path, store: &Store) -> Result<Image> {
         ports: &["53/tcp", "53/udp"],
         ..Run::default()
     };
-    Ok(image(vec![layer], &run))
+    Ok(image(vec![coredns_layer(store)?], &run))
 }
 
 /// etcd under the name the upstream suite pulls.
@@ -154,15 +158,32 @@ pub(super) fn distroless_iptables(cache: &Path, store: &Store) -> Result<Image> 
 /// The aggregated apiserver of the upstream suite.
 pub(super) fn sample_apiserver(_: &Path, store: &Store) -> Result<Image> {
     let file = go::sample_apiserver()?.join("sample-apiserver");
+    root_program(store, "sample-apiserver", "/sample-apiserver", &file)
+}
+
+/// A server and a client that once met a fault in the handling of invalid packets.
+pub(super) fn regression_issue_74839(cache: &Path, store: &Store) -> Result<Image> {
+    let name = "regression-issue-74839";
+    let file = super::programs::upstream(cache, name)?;
+    root_program(store, name, "/regression-issue-74839", &file)
+}
+
+/// One static program at the root.
+fn root_program(
+    store: &Store,
+    name: &'static str,
+    path: &'static str,
+    file: &Path,
+) -> Result<Image> {
     let mut inputs = Inputs::default();
-    built(&mut inputs, &file).word("sample-apiserver 1");
-    let layer = store.layer("sample-apiserver", inputs, |layer| {
-        layer.file("sample-apiserver", 0o755, fs::read(&file)?);
+    built(&mut inputs, file).word(name);
+    let layer = store.layer(name, inputs, |layer| {
+        layer.file(name, 0o755, fs::read(file)?);
         Ok(())
     })?;
     let run = Run {
-        entrypoint: &["/sample-apiserver"],
-        version: "sample-apiserver 1.29.2",
+        entrypoint: &[path],
+        version: name,
         ..Run::default()
     };
     Ok(image(vec![layer], &run))

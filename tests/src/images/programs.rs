@@ -47,18 +47,28 @@ pub(super) fn agnhost() -> Result<PathBuf> {
 
 /// The program of the nonewprivs image.
 pub(super) fn nnp(cache: &Path) -> Result<PathBuf> {
+    go_program(cache, "nnp", "nonewprivs")
+}
+
+/// The program of the upstream suite's image of that name.
+pub(super) fn upstream(cache: &Path, name: &str) -> Result<PathBuf> {
+    go_program(cache, name, name)
+}
+
+/// A program of the directory `image` of the upstream images.
+fn go_program(cache: &Path, name: &str, image: &str) -> Result<PathBuf> {
     let module = module();
     let mut inputs = Inputs::default();
-    inputs.word("nnp").word(go::KUBERNETES_VERSION);
-    let dir = cache::ensure(cache, "nnp", &inputs, |dir| {
+    inputs.word(name).word(go::KUBERNETES_VERSION);
+    let dir = cache::ensure(cache, name, &inputs, |dir| {
         let mut go = command::command("go", &["build", "-trimpath", "-ldflags=-s -w", "-o"]);
-        go.arg(dir.join("nnp"))
-            .arg("k8s.io/kubernetes/test/images/nonewprivs");
+        go.arg(dir.join(name))
+            .arg(format!("k8s.io/kubernetes/test/images/{image}"));
         go.current_dir(&module).env("CGO_ENABLED", "0");
         command::stdout(&mut go)?;
         Ok(())
     })?;
-    Ok(dir.join("nnp"))
+    Ok(dir.join(name))
 }
 
 /// Directory of the upstream images' static files.

@@ -69,6 +69,11 @@ pub(super) const ALL: &[Recipe] = &[
 pub(super) const SUITE: &[Recipe] = &[
     recipe("etcd", "3.6.8-0", cluster::suite_etcd),
     recipe(
+        "e2e-test-images/regression-issue-74839",
+        "1.4",
+        cluster::regression_issue_74839,
+    ),
+    recipe(
         "build-image/distroless-iptables",
         "v0.9.6",
         cluster::distroless_iptables,
@@ -310,6 +315,7 @@ fn agnhost(cache: &Path, store: &Store, version: &str) -> Result<Image> {
         tools_layer(cache, store)?,
         agnhost_layer(store)?,
         served_layer(cache, store)?,
+        cluster::coredns_layer(store)?,
     ];
     Ok(image(layers, &run))
 }
