@@ -12,6 +12,7 @@ mod disks_stay_clean;
 mod full_disks_harm_nobody;
 mod kills_at_any_moment_leave_nothing;
 mod logs_and_exec_reach_containers;
+mod networks_span_nodes;
 mod nodes_register_and_report;
 mod pod_networks_span_nodes;
 mod pods_end_in_order_and_can_be_debugged;

@@ -28,6 +28,7 @@ pub(super) const TOOLS: &[&str] = &[
     "iperf",
     // Network tools.
     "curl",
+    "wget",
     "bind9-dnsutils",
     "bind9-host",
     "netcat-openbsd",
