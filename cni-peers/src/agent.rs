@@ -2,6 +2,7 @@
 //! that serves; and the kernel thread. All end with the process; what they made stays.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -126,6 +127,14 @@ async fn run(config: Config) -> Result<()> {
     Ok(())
 }
 
+/// What was announced last, and what this node's object said before.
+#[derive(Debug, PartialEq)]
+struct Said {
+    before: Arc<PeerNode>,
+    announcement: Announcement,
+    for_flannel: bool,
+}
+
 /// Tells others: the apiserver by annotations, runtimes by the network list, callers by health.
 struct Publisher {
     client: Client,
@@ -142,6 +151,7 @@ impl Publisher {
         let mut retry = None;
         let mut wait = RETRY_FIRST;
         let mut keep = None;
+        let mut said = None;
         loop {
             // Each arm is cancel-safe: a watch keeps its newest value, a sleep has no effect.
             tokio::select! {
@@ -164,7 +174,7 @@ impl Publisher {
             let due = retry.is_none_or(|at| tokio::time::Instant::now() >= at);
             let mut unpublished = self.health.borrow().unpublished.clone();
             if due {
-                unpublished = self.publish(&snapshot, &report).await.err();
+                unpublished = self.publish(&snapshot, &report, &mut said).await.err();
                 if let Some(why) = &unpublished {
                     warn!("Cannot publish: {why}");
                     retry = Some(tokio::time::Instant::now() + wait);
@@ -197,7 +207,12 @@ impl Publisher {
     }
 
     /// Sets this node's annotations, unless they say it already.
-    async fn publish(&self, snapshot: &Snapshot, report: &Report) -> Result<(), String> {
+    async fn publish(
+        &self,
+        snapshot: &Snapshot,
+        report: &Report,
+        said: &mut Option<Said>,
+    ) -> Result<(), String> {
         let (Some(own), Some(announcement)) = (&snapshot.own, &report.announcement) else {
             return Ok(());
         };
@@ -209,10 +224,27 @@ impl Publisher {
         if says(own, announcement, for_flannel) {
             return Ok(());
         }
+        // What was said comes back with the next list of nodes; until this node's object has
+        // changed, once is enough.
+        let said_now = Said {
+            before: Arc::clone(own),
+            announcement: announcement.clone(),
+            for_flannel,
+        };
+        if said.as_ref() == Some(&said_now) {
+            return Ok(());
+        }
         let changes = announcement.changes(for_flannel);
         let annotated = api::annotate(&self.client, &own.name, &changes).await;
         annotated.map_err(|e| format!("{e:#}"))?;
-        info!("Announced {:?}", announcement.endpoints);
+        let endpoints = [announcement.endpoints.v4, announcement.endpoints.v6];
+        for endpoint in endpoints.iter().flatten() {
+            match endpoint.mac {
+                Some(mac) => info!("Announced {} with {mac}", endpoint.address),
+                None => info!("Announced {}", endpoint.address),
+            }
+        }
+        *said = Some(said_now);
         Ok(())
     }
 

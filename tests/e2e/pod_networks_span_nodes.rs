@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 use testkit::artefacts::{go, ours};
+use testkit::cluster::kubectl::Kubectl;
 use testkit::command::{command, stdout, stdout_with_input};
 use testkit::paths;
 use testkit::process::until;
@@ -25,6 +26,7 @@ struct Node {
     dir: PathBuf,
     link: String,
     daemon: Option<Child>,
+    admin: Kubectl,
 }
 
 fn ip(words: &[&str]) -> Result<String> {
@@ -41,6 +43,7 @@ impl Node {
             dir: dir.join(number.to_string()),
             link: format!("fs{pid}n{number}"),
             daemon: None,
+            admin: scenario.admin.clone(),
         };
         fs::create_dir_all(&node.dir)?;
         ip(&["netns", "add", &node.name])?;
@@ -222,6 +225,8 @@ fn datagram(from: &str, to: &str, address: &str, bytes: usize) -> Result<()> {
 impl Drop for Node {
     fn drop(&mut self) {
         drop(self.stop());
+        let forget = ["delete", "node", "--ignore-not-found", &self.name];
+        drop(self.admin.run(&forget));
         drop(ip(&["netns", "delete", &self.pod()]));
         drop(ip(&["netns", "delete", &self.name]));
         drop(ip(&["link", "delete", &self.link]));
@@ -309,6 +314,5 @@ fn a_cluster_of_flannel_migrates_node_by_node_and_no_pod_is_cut_off() -> Result<
         || Ok(()),
         gone,
     )?;
-    scenario.admin.run(&["delete", "node", &theirs.name])?;
     Ok(())
 }

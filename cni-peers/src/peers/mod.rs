@@ -34,6 +34,9 @@ pub(crate) use underlay::{LinkFacts, Underlay, UnderlayWish, choose};
 const OVERHEAD_V4_BYTES: u32 = 50;
 const OVERHEAD_V6_BYTES: u32 = 70;
 
+/// Metric of routes that count when there is no other.
+const LAST_METRIC: u32 = u32::MAX;
+
 /// Begins the alias of every device of ours.
 pub(crate) const ALIAS: &str = "ferrule-peers:";
 
@@ -275,7 +278,8 @@ impl Planning<'_> {
                 prefix_len: net.prefix_len(),
                 hop: NodeHop::Blackhole,
                 source: None,
-                metric: None,
+                // Behind every other: a bridge with pods of a former network may have the same.
+                metric: Some(LAST_METRIC),
                 table: TABLE_MAIN,
                 protocol: PEER_ROUTE_PROTOCOL,
             });

@@ -261,6 +261,35 @@ fn with_direct_routing_neighbours_need_no_tunnel() {
     );
 }
 
+/// A bridge plugin's pods of before stay reached: the dead end for our own network comes last.
+#[test]
+fn a_network_on_a_bridge_of_before_goes_on() {
+    let mut lab = Lab::new(2, Backend::Vxlan, Families::Dual);
+    lab.nodes[0].stop();
+    let mut rtnl = lab.nodes[0].rtnl();
+    let bridge = linux::netlink::BridgeSpec {
+        name: "cni0".into(),
+        mac: None,
+        mtu_bytes: None,
+    };
+    rtnl.apply(&[Change::AddBridge(bridge)]).unwrap();
+    let index = link(&mut rtnl, "cni0").index;
+    let own = ["10.244.1.1/24", "fd00:10:0:1::1/64"];
+    let own = own.map(|text| Change::AddAddress(address(index, text)));
+    rtnl.apply(&own).unwrap();
+    lab.nodes[0].start();
+    lab.introduce();
+    let routes = rtnl.routes_of_table(TABLE_MAIN).unwrap();
+    for (network, metric) in [("10.244.1.0", None), ("fd00:10:0:1::", Some(256))] {
+        let bridged = routes.iter().any(|route| {
+            route.destination == ip(network)
+                && route.hop == NodeHop::Link { index }
+                && route.metric == metric
+        });
+        assert!(bridged, "{network} in {routes:?}");
+    }
+}
+
 /// A device of the same identifier: flannel's leftover goes where the node was flannel's, any
 /// other is named and left.
 #[test]
