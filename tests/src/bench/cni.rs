@@ -115,7 +115,10 @@ pub fn measure(options: &CniOptions) -> Result<Vec<Row>> {
             });
         }
     }
-    let mut rows = vec![floor(options.count)?];
+    let mut rows = Vec::new();
+    for ports in [FEW, PODS_PER_BRIDGE] {
+        rows.push(floor(options.count, ports)?);
+    }
     for feature in Feature::ALL {
         for subject in &subjects {
             // Without rules there is nothing the back ends could differ in.
@@ -135,8 +138,8 @@ pub fn measure(options: &CniOptions) -> Result<Vec<Row>> {
 }
 
 /// The kernel's own price: a pair made by one request, one end in the pod's namespace and the
-/// other in a bridge, and deleted again. No process, no address, no rule.
-fn floor(count: usize) -> Result<Row> {
+/// other in a bridge of so many ports, up, and deleted again. No process, no address, no rule.
+fn floor(count: usize, ports: usize) -> Result<Row> {
     use linux::netlink::{BridgeSpec, Change, Mac, Rtnl, VethSpec};
     let node = new_netns().context("make a network namespace")?;
     let mut rtnl = Rtnl::open_in(node.as_fd())?;
@@ -147,34 +150,53 @@ fn floor(count: usize) -> Result<Row> {
     };
     rtnl.apply(&[Change::AddBridge(bridge)])?;
     let bridge = rtnl.link_by_name("cni0")?.context("the bridge vanished")?;
-    let (mut adds, mut dels) = (Vec::new(), Vec::new());
-    let begun = Instant::now();
-    for n in 0..count {
-        let pod = new_netns().context("make a network namespace")?;
-        let name = format!("v{n}");
-        let begin = Instant::now();
+    let mut add = |name: &str, pod: &File| -> Result<()> {
         rtnl.apply(&[Change::AddVeth(VethSpec {
-            name: name.clone(),
+            name: name.to_owned(),
             mac: Mac([2, 0, 0, 0, 1, 1]),
             master: Some(bridge.index),
             mtu_bytes: None,
-            peer_name: "eth0".into(),
+            peer_name: name.to_owned(),
             peer_mac: Mac([2, 0, 0, 0, 1, 2]),
             peer_netns: pod.as_raw_fd(),
         })])?;
-        adds.push(begin.elapsed());
+        let index = rtnl.link_by_name(name)?.context("the pair vanished")?.index;
+        rtnl.apply(&[
+            Change::NoLinkLocal { index },
+            Change::SetUp { index, up: true },
+        ])?;
+        Ok(())
+    };
+    let others = new_netns().context("make a network namespace")?;
+    for n in 0..ports {
+        add(&format!("o{n}"), &others)?;
+    }
+    let (mut adds, mut dels) = (Vec::new(), Vec::new());
+    let begun = Instant::now();
+    let pods = (0..count).map(|_| new_netns());
+    let pods: Vec<File> = pods
+        .collect::<std::io::Result<_>>()
+        .context("make network namespaces")?;
+    for (n, pod) in pods.iter().enumerate() {
         let begin = Instant::now();
+        add(&format!("v{n}"), pod)?;
+        adds.push(begin.elapsed());
+    }
+    let adds_per_second = count as f64 / begun.elapsed().as_secs_f64();
+    for n in 0..count {
+        let begin = Instant::now();
+        let name = format!("v{n}");
         rtnl.apply(&[Change::RemoveLink { name }])?;
         dels.push(begin.elapsed());
     }
     Ok(Row {
         subject: "kernel's floor".into(),
         feature: "a pair, no process",
-        existing: 0,
+        existing: ports,
         parallel: 1,
         add_ms: percentiles(&mut adds),
         del_ms: percentiles(&mut dels),
-        adds_per_second: count as f64 / begun.elapsed().as_secs_f64(),
+        adds_per_second,
     })
 }
 
