@@ -1,10 +1,12 @@
 //! Peers that come, go and change; restarts; the node's own network changing; migration.
 
-use std::net::IpAddr;
-use std::os::fd::AsRawFd;
+use std::net::{IpAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
-use linux::netlink::{Change, Mac, NodeHop, TABLE_MAIN, VethSpec, VxlanConfig, VxlanSpec};
+use linux::netlink::{
+    Change, Mac, NodeHop, TABLE_MAIN, VethSpec, VxlanConfig, VxlanSpec, in_netns,
+};
 
 use super::lab::{Families, Lab, address, datagram, heals, link, rtnl_in, within_limit};
 use crate::netconf::Backend;
@@ -39,6 +41,30 @@ fn pods_of_two_nodes_talk_in_both_families_and_keep_their_addresses() {
             );
             lab.nodes[0].remove(&near);
         }
+    }
+}
+
+#[test]
+fn a_pods_gateway_answers_in_both_families() {
+    let lab = Lab::new(2, Backend::HostGw, Families::Dual);
+    let (one, two) = lab.pods();
+    heals(&one, &two, "the start");
+    for config in &one.result.ips {
+        let gateway = config.gateway.unwrap();
+        let any = if gateway.is_ipv4() {
+            ip("0.0.0.0")
+        } else {
+            ip("::")
+        };
+        let node = lab.nodes[0].run(|| TcpListener::bind((any, 0)).unwrap());
+        let at = (gateway, node.local_addr().unwrap().port()).into();
+        // The handshake is answered, and from the gateway's address, or it would fail.
+        let asked = in_netns(one.netns.as_fd(), || {
+            TcpStream::connect_timeout(&at, SECOND)
+        });
+        asked.unwrap().unwrap();
+        let (_, from) = node.accept().unwrap();
+        assert_eq!(from.ip(), config.address.addr());
     }
 }
 
