@@ -40,7 +40,7 @@ fn root_of_a_pod_with_users_of_its_own_is_nobody_on_the_node() -> Result<()> {
         .and_then(|w| w.parse().ok())
         .context(logs.clone())?;
     ensure!(
-        first >= 65536 && first % 65536 == 0 && words[3] == "65536",
+        first >= 65536 && first.is_multiple_of(65536) && words[3] == "65536",
         "{logs}"
     );
     let rest = ["from-map", "0:0", "0:4321", "0:4321", "0:4321", "0", "own"];

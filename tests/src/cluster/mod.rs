@@ -372,7 +372,9 @@ pub fn up(options: &UpOptions) -> Result<Lab> {
         sample::ensure(&lab)?;
     }
     addons::complete(&lab, options.addons)?;
-    step.map(|step| step.done("Ready"));
+    if let Some(step) = step {
+        step.done("Ready");
+    }
     Ok(lab)
 }
 
