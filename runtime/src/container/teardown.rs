@@ -16,6 +16,9 @@ const SIGKILL: i32 = 9;
 /// After SIGKILL the end is a matter of milliseconds; what takes longer hangs in the kernel.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 
+/// An end is told at the latest after so long, whatever is left of the cgroup.
+const GIVE_BACK_LIMIT: Duration = Duration::from_millis(500);
+
 /// Stops a container: its signal, then SIGKILL after `grace`. Several calls share one deadline,
 /// the earliest.
 pub(crate) async fn stop(inner: Arc<Inner>, id: ContainerId, grace: Duration) -> Result<()> {
@@ -139,6 +142,28 @@ pub(crate) fn on_exit(inner: &Inner, id: &ContainerId, exit: &ExitRecord) {
         create::set_running(inner, &container, started_at_ns, 0);
     }
     note_exit(inner, &container, Exit::from_record(exit));
+}
+
+/// Removes the cgroup of a container that has ended, before its end is told: limits of a dead
+/// container would bind those of its pod (sched-bwc(7): a child may not have more than its
+/// parent). What cannot be removed in time goes with the container.
+pub(crate) async fn give_cgroup_back(inner: &Arc<Inner>, id: &ContainerId) {
+    let Ok(container) = inner.container(id) else {
+        return;
+    };
+    let (with_inner, cgroup) = (Arc::clone(inner), container.with(|r| r.cgroup.clone()));
+    let removed = blocking(move || {
+        if with_inner.cgroups.exists(&cgroup) {
+            with_inner.cgroups.kill(&cgroup)?;
+            with_inner.cgroups.remove(&cgroup)?;
+        }
+        Ok(())
+    });
+    match tokio::time::timeout(GIVE_BACK_LIMIT, removed).await {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => tracing::debug!(container = %id, error = %e, "cgroup of a dead container"),
+        Err(_) => tracing::debug!(container = %id, "cgroup of a dead container is busy"),
+    }
 }
 
 pub(crate) fn note_exit(inner: &Inner, container: &Container, exit: Exit) {

@@ -60,7 +60,12 @@ pub(crate) async fn connect(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Resul
 fn on_incoming(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>, incoming: Incoming) {
     match incoming {
         Incoming::Event(Event::Exited { container_id, exit }) => {
-            container::teardown::on_exit(inner, &container_id.as_str().into(), &exit);
+            let inner = Arc::clone(inner);
+            tokio::spawn(async move {
+                let id = container_id.as_str().into();
+                container::teardown::give_cgroup_back(&inner, &id).await;
+                container::teardown::on_exit(&inner, &id, &exit);
+            });
         }
         Incoming::Event(Event::Oom { container_id }) => {
             let id = container_id.as_str().into();
