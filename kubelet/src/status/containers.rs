@@ -109,13 +109,13 @@ fn one(
         last_state,
         ready,
         started: (container.kind != ContainerKind::Ephemeral).then_some(started),
-        restart_count: newest.map_or_else(
-            || before.map_or(0, |b| b.restart_count),
-            |c| {
+        // Never fewer than were told: one that ends between two rounds had its next one counted.
+        restart_count: newest
+            .map_or(0, |c| {
                 let next = u32::from(awaited.is_some());
                 i32::try_from(c.config.attempt.saturating_add(next)).unwrap_or(i32::MAX)
-            },
-        ),
+            })
+            .max(before.map_or(0, |b| b.restart_count)),
         image: newest.map_or_else(
             || container.spec.image.clone().unwrap_or_default(),
             |c| c.config.user_image.clone(),

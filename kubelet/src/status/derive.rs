@@ -117,7 +117,9 @@ fn end_of_phase(input: &DeriveInput<'_>, spec: &PodSpec, status: &mut PodStatus)
         status.message = told.and_then(|s| s.message.clone());
         return;
     }
-    let alive = input.observed.running().next().is_some();
+    // What is being started may run before anybody looks again.
+    let starting = input.starts.values().any(Step::is_running);
+    let alive = starting || input.observed.running().next().is_some();
     let cause = match input.lifecycle {
         Lifecycle::Syncing | Lifecycle::Finished => None,
         Lifecycle::Terminating(ending) => Some(&ending.cause),
