@@ -18,7 +18,7 @@ const NO_SPACE: &str = "no space left on device";
 /// No threshold but memory's: the scenario fills the disk to the last byte.
 fn small_disk() -> Spare {
     Spare {
-        disk_bytes: Some(192 << 20),
+        disk_bytes: Some(512 << 20),
         configuration: vec![(
             ", nodefs.available: 500Mi, imagefs.available: 500Mi",
             String::new(),

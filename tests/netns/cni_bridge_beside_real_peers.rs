@@ -88,13 +88,17 @@ impl Node {
         conf
     }
 
-    /// Runs cnitool on the node. Its cache is below /var/lib/cni, which is ours for this call.
+    /// Runs cnitool on the node. Its cache is below /var/lib/cni and the plugin's rules are below
+    /// /run: both are the test's own.
     fn cnitool(&self, verb: &str, network: &str, pod: Option<&Pod>, ports: Value) -> CniTool {
         let tool = artefacts::go::cnitool().unwrap().join("cnitool");
         let cache = self.dir.path().join("cache");
+        let run = self.dir.path().join("run");
+        std::fs::create_dir_all(&run).unwrap();
         let script = format!(
-            "mount -t tmpfs none /var/lib && mkdir /var/lib/cni && mount --bind {} /var/lib/cni && exec {} {verb} {network} '{}'",
+            "mount -t tmpfs none /var/lib && mkdir /var/lib/cni && mount --bind {} /var/lib/cni && mount --bind {} /run && exec {} {verb} {network} '{}'",
             cache.display(),
+            run.display(),
             tool.display(),
             pod.map(Pod::path).unwrap_or_default(),
         );
