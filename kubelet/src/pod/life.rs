@@ -680,6 +680,36 @@ async fn live(life: Vec<Chance>, which: usize, policy: &str) {
     world.finish().await;
 }
 
+fn run(life: Vec<Chance>, which: usize, policy: &str) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    runtime.block_on(live(life, which, policy));
+}
+
+#[test]
+fn an_eviction_while_a_container_starts_ends_the_pod_only_when_it_is_dead() {
+    run(
+        vec![Chance::Pass(4), Chance::Evict, Chance::Pass(1)],
+        0,
+        "Always",
+    );
+}
+
+#[test]
+fn a_pod_that_ends_between_two_rounds_takes_no_restart_back() {
+    let begin = [2, 2, 2].map(Chance::Pass);
+    let end = [
+        Chance::Condemn(0),
+        Chance::Pass(8),
+        Chance::Exit(166, 2),
+        Chance::Pass(3),
+    ];
+    run(begin.into_iter().chain(end).collect(), 3, "Always");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
     #[test]
@@ -688,11 +718,6 @@ proptest! {
         which in 0..4_usize,
         policy in prop_oneof![Just("Always"), Just("OnFailure"), Just("Never")],
     ) {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .start_paused(true)
-            .build()
-            .unwrap();
-        runtime.block_on(live(life, which, policy));
+        run(life, which, policy);
     }
 }
