@@ -103,7 +103,10 @@ fn serve(
             .and_then(|valid| match valid {
                 Some(valid) => plugin.gc(&input, &valid),
                 // `cnitool gc` gives no list. Then nothing may be taken for garbage.
-                None => Ok(()),
+                None => {
+                    eprintln!("GC frees nothing: cni.dev/valid-attachments is missing");
+                    Ok(())
+                }
             })
             .map(|()| None),
         Verb::Status => plugin.status(&input).map(|()| None),
