@@ -5,6 +5,8 @@
 //! the engine and another one comes. The [`World`] outlives agents: engine, node and apiserver.
 //! It is the reference: it knows only what happened, and complains when a rule is broken.
 
+mod found;
+mod order;
 mod truth;
 
 use super::admission::Admission;
@@ -20,7 +22,6 @@ use super::state::{BackoffLimits, EndingNote};
 use super::worker::WorkerDeps;
 use crate::events::EventSink;
 use crate::eviction::rank::Eviction;
-use crate::launch::ANNOTATION_ROUND;
 use crate::observe::is_running;
 use crate::probes::{ProbeKind, ProbeUpdate, Probes};
 use crate::source::{PodChange, Source};
@@ -29,7 +30,7 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use proptest::prelude::*;
 use runtime::fake::FakeRuntime;
 use runtime::service::{
-    ContainerConfig, ContainerState, ContainerStatus, ImageConfig, RuntimeService, SandboxConfig,
+    ContainerConfig, ContainerStatus, ImageConfig, RuntimeService, SandboxConfig,
 };
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
@@ -40,6 +41,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use order::{initialized, round};
 use truth::{ended, impossible, merge};
 
 const UID: &str = "u1";
@@ -628,49 +630,6 @@ impl World {
     }
 }
 
-/// The round of its pod an instance belongs to.
-fn round(instance: &ContainerStatus) -> u32 {
-    let recorded = instance.config.annotations.get(ANNOTATION_ROUND);
-    recorded.map_or(0, |n| n.parse().unwrap())
-}
-
-/// Whether the init containers of a sandbox were through before a main container was made.
-#[track_caller]
-fn initialized(
-    spec: &k8s_openapi::api::core::v1::PodSpec,
-    main: &ContainerStatus,
-    all: &[ContainerStatus],
-) {
-    let inits = spec::containers(spec).filter(|c| c.kind != ContainerKind::Main);
-    for init in inits {
-        let name = &init.spec.name;
-        let through = all.iter().any(|c| {
-            let before = match (&c.state, init.kind) {
-                (
-                    ContainerState::Exited {
-                        exit_code,
-                        finished_at_ns,
-                        ..
-                    },
-                    ContainerKind::Init,
-                ) => *exit_code == 0 && *finished_at_ns <= main.created_at_ns,
-                (ContainerState::Created | ContainerState::Running { .. }, ContainerKind::Init) => {
-                    false
-                }
-                // A sidecar only has to have been started.
-                _ => c.created_at_ns < main.created_at_ns,
-            };
-            let together = c.sandbox_id == main.sandbox_id && round(c) == round(main);
-            c.config.name == *name && before && together
-        });
-        assert!(
-            through,
-            "{} was started before {name} was through",
-            main.config.name
-        );
-    }
-}
-
 async fn live(life: Vec<Chance>, which: usize, policy: &str) {
     let mut world = World::begin(shape(which, policy)).await;
     for chance in life {
@@ -687,27 +646,6 @@ fn run(life: Vec<Chance>, which: usize, policy: &str) {
         .build()
         .unwrap();
     runtime.block_on(live(life, which, policy));
-}
-
-#[test]
-fn an_eviction_while_a_container_starts_ends_the_pod_only_when_it_is_dead() {
-    run(
-        vec![Chance::Pass(4), Chance::Evict, Chance::Pass(1)],
-        0,
-        "Always",
-    );
-}
-
-#[test]
-fn a_pod_that_ends_between_two_rounds_takes_no_restart_back() {
-    let begin = [2, 2, 2].map(Chance::Pass);
-    let end = [
-        Chance::Condemn(0),
-        Chance::Pass(8),
-        Chance::Exit(166, 2),
-        Chance::Pass(3),
-    ];
-    run(begin.into_iter().chain(end).collect(), 3, "Always");
 }
 
 proptest! {
