@@ -153,10 +153,17 @@ pub(crate) fn ensure_gateway(
     Ok(in_vlan)
 }
 
-/// The node's link in a VLAN: one end of a pair whose other end is a port of the bridge.
+/// Name of the node's link in a VLAN of a bridge.
+pub(crate) fn vlan_link_name(bridge: &str, id: u16) -> String {
+    format!("{bridge}.{id}")
+}
+
+/// The node's link in a VLAN: one end of a pair whose other end is a port of the bridge. It is
+/// set up last: one that is down may be half made, and is finished.
 fn vlan_link(conf: &BridgeConf, bridge: &Link, id: u16, rtnl: &mut Rtnl) -> Result<Link, CniError> {
-    let name = format!("{}.{id}", conf.bridge);
-    if let Some(link) = rtnl.link_by_name(&name).map_err(|e| kernel(&e))? {
+    let name = vlan_link_name(&conf.bridge, id);
+    let found = rtnl.link_by_name(&name).map_err(|e| kernel(&e))?;
+    if let Some(link) = found.filter(|link| link.up) {
         return Ok(link);
     }
     let own = File::open("/proc/self/ns/net")
@@ -175,6 +182,7 @@ fn vlan_link(conf: &BridgeConf, bridge: &Link, id: u16, rtnl: &mut Rtnl) -> Resu
         peer_netns: own.as_raw_fd(),
         name: port.clone(),
     };
+    // A pair that is there already is left as it is.
     rtnl.apply(&[Change::AddVeth(spec)])
         .map_err(|e| kernel(&e))?;
     let find = |rtnl: &mut Rtnl, name: &str| {

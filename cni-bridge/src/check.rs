@@ -13,7 +13,7 @@ use cni::types::{AttachResult, CniError, ErrorCode};
 use linux::netlink::{Link, RouteSpec, Rtnl, in_netns};
 
 use crate::config::BridgeConf;
-use crate::{kernel, network};
+use crate::{bridge, kernel, network};
 
 /// `RT_TABLE_MAIN`
 const RT_TABLE_MAIN: u32 = 254;
@@ -49,12 +49,7 @@ pub(crate) fn check(input: &Input<'_>, previous: &AttachResult) -> Result<(), Cn
         )));
     }
     if conf.is_gateway {
-        let on_bridge = rtnl.addresses_of(bridge.index).map_err(|e| kernel(&e))?;
-        for gateway in plan::gateways(previous) {
-            if !on_bridge.iter().any(|a| a.address == gateway.addr()) {
-                return Err(differs(format!("bridge {} lacks {gateway}", bridge.name)));
-            }
-        }
+        check_gateways(&conf, &bridge, previous, &mut rtnl)?;
     }
     // What others flushed concerns every pod: it is put back, and only what stays wrong is told.
     network::ensure(input, &conf, previous)?;
@@ -73,6 +68,34 @@ pub(crate) fn check(input: &Input<'_>, previous: &AttachResult) -> Result<(), Cn
     )?;
     check_inside(input, &conf, previous)?;
     address::check(input, &conf.ipam, previous)
+}
+
+/// The gateways' addresses are the bridge's, or in a VLAN those of the node's link in it.
+fn check_gateways(
+    conf: &BridgeConf,
+    bridge: &Link,
+    previous: &AttachResult,
+    rtnl: &mut Rtnl,
+) -> Result<(), CniError> {
+    let gateways = plan::gateways(previous);
+    let in_vlan = match conf.vlans.native {
+        Some(id) if !gateways.is_empty() => {
+            Some(present(rtnl, &bridge::vlan_link_name(&conf.bridge, id))?)
+        }
+        Some(_) | None => None,
+    };
+    let link = in_vlan.as_ref().unwrap_or(bridge);
+    if !link.up {
+        return Err(differs(format!("link {} is down", link.name)));
+    }
+    let addresses = rtnl.addresses_of(link.index).map_err(|e| kernel(&e))?;
+    match gateways
+        .iter()
+        .find(|gateway| !addresses.iter().any(|a| a.address == gateway.addr()))
+    {
+        Some(gateway) => Err(differs(format!("link {} lacks {gateway}", link.name))),
+        None => Ok(()),
+    }
 }
 
 fn present(rtnl: &mut Rtnl, name: &str) -> Result<Link, CniError> {

@@ -1,5 +1,6 @@
 //! Forgetting connections of the kernel's tracking table (ctnetlink), by a filter that the kernel
-//! applies: nothing is listed.
+//! applies: nothing is listed. Kernels before 6.8 filter only what they list, so there the
+//! connections that match are listed and then deleted one by one.
 //!
 //! A UDP "connection" outlives a change of rules: packets that arrive regularly keep going where
 //! the first of them went. Layout: `include/uapi/linux/netfilter/nfnetlink_conntrack.h`.
@@ -8,15 +9,21 @@ use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 
 use crate::netlink::NetlinkError;
-use crate::netlink::socket::{Request, Socket};
+use crate::netlink::socket::{Request, Socket, attribute};
 use crate::nft::Nft;
 
 const NETLINK_NETFILTER: isize = 12;
 const NFNL_SUBSYS_CTNETLINK: u16 = 1;
+const IPCTNL_MSG_CT_GET: u16 = 1;
 const IPCTNL_MSG_CT_DELETE: u16 = 2;
+
+/// `struct nfgenmsg`, before the attributes.
+const NFGENMSG_BYTES: usize = 4;
 
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_ID: u16 = 12;
+const CTA_ZONE: u16 = 18;
 const CTA_FILTER: u16 = 25;
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 const CTA_FILTER_REPLY_FLAGS: u16 = 2;
@@ -73,7 +80,7 @@ impl Conntrack {
     /// Forgets all that match; none matching is success.
     ///
     /// # Errors
-    /// [`NetlinkError`]; kernels before 6.8 know no such filter for deletion.
+    /// [`NetlinkError`]
     pub fn forget(&mut self, which: &[Udp]) -> Result<(), NetlinkError> {
         forget(&mut self.socket, which)
     }
@@ -97,6 +104,26 @@ fn forget(socket: &mut Socket, which: &[Udp]) -> Result<(), NetlinkError> {
     };
     let sent = socket.send_batch(&requests);
     let verdicts = sent.map_err(|source| NetlinkError::talking(first, source))?;
+    for ((verdict, request), which) in verdicts.into_iter().zip(&requests).zip(which) {
+        match verdict {
+            // Before 6.8: a tuple that is not complete is no tuple.
+            Err(refusal) if refusal.is(libc::EINVAL) => forget_listed(socket, *which)?,
+            Err(refusal) if !refusal.is(libc::ENOENT) => return Err(refusal.about(request)),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Lists what matches and deletes one by one.
+fn forget_listed(socket: &mut Socket, which: Udp) -> Result<(), NetlinkError> {
+    let listed = list(socket, which)?;
+    let requests: Vec<Request> = listed.iter().filter_map(|c| which.deletion(c)).collect();
+    let Some(first) = requests.first() else {
+        return Ok(());
+    };
+    let verdicts = socket.send_batch(&requests);
+    let verdicts = verdicts.map_err(|source| NetlinkError::talking(first, source))?;
     for (verdict, request) in verdicts.into_iter().zip(&requests) {
         match verdict {
             Err(refusal) if !refusal.is(libc::ENOENT) => return Err(refusal.about(request)),
@@ -104,6 +131,22 @@ fn forget(socket: &mut Socket, which: &[Udp]) -> Result<(), NetlinkError> {
         }
     }
     Ok(())
+}
+
+/// The connections that match, each a message without its header. Kernels before 5.8 send all
+/// they know.
+fn list(socket: &mut Socket, which: Udp) -> Result<Vec<Vec<u8>>, NetlinkError> {
+    let request = Request {
+        kind: NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET,
+        operation: "list connections",
+        ..which.request()
+    };
+    let listed = socket.dump(&request);
+    let listed = listed.map_err(|source| NetlinkError::talking(&request, source))?;
+    let listed = listed.map_err(|refusal| refusal.about(&request))?;
+    // None is a table that changed meanwhile: what is new in it began under the new rules.
+    let bodies = listed.into_iter().flatten().map(|answer| answer.body);
+    Ok(bodies.filter(|body| which.matches(body)).collect())
 }
 
 impl Udp {
@@ -135,6 +178,66 @@ impl Udp {
                 delete(address, CTA_TUPLE_REPLY, flags, fill, object)
             }
         }
+    }
+}
+
+impl Udp {
+    /// Whether a listed connection (its message without header) is one of these.
+    fn matches(self, body: &[u8]) -> bool {
+        let attributes = body.get(NFGENMSG_BYTES..).unwrap_or_default();
+        let tuple = |kind| attribute(attributes, kind).unwrap_or_default();
+        let ip = |tuple, kind| {
+            attribute(tuple, CTA_TUPLE_IP).and_then(|ip| attribute(ip, kind).map(<[u8]>::to_vec))
+        };
+        let protocol = |tuple, kind| {
+            attribute(tuple, CTA_TUPLE_PROTO)
+                .and_then(|proto| attribute(proto, kind).map(<[u8]>::to_vec))
+        };
+        let is_udp = |tuple| protocol(tuple, CTA_PROTO_NUM).as_deref() == Some(&[IPPROTO_UDP]);
+        match self {
+            Self::SentTo(port, family) => {
+                let tuple = tuple(CTA_TUPLE_ORIG);
+                let source = source_kind(family);
+                is_udp(tuple)
+                    && ip(tuple, source).is_some()
+                    && protocol(tuple, CTA_PROTO_DST_PORT).as_deref() == Some(&port.to_be_bytes())
+            }
+            Self::AnsweredBy(address) => {
+                let tuple = tuple(CTA_TUPLE_REPLY);
+                let octets = match address {
+                    IpAddr::V4(v4) => v4.octets().to_vec(),
+                    IpAddr::V6(v6) => v6.octets().to_vec(),
+                };
+                is_udp(tuple) && ip(tuple, source_kind(address)) == Some(octets)
+            }
+        }
+    }
+
+    /// The request to delete one listed connection, by its first tuple, zone and id: another one
+    /// with the same tuple that came in its place stays.
+    fn deletion(self, body: &[u8]) -> Option<Request> {
+        let attributes = body.get(NFGENMSG_BYTES..)?;
+        let mut wanted = self.request();
+        wanted.body.truncate(NFGENMSG_BYTES);
+        put(
+            &mut wanted.body,
+            CTA_TUPLE_ORIG | NLA_F_NESTED,
+            attribute(attributes, CTA_TUPLE_ORIG)?,
+        );
+        for kind in [CTA_ZONE, CTA_ID] {
+            if let Some(value) = attribute(attributes, kind) {
+                put(&mut wanted.body, kind, value);
+            }
+        }
+        Some(wanted)
+    }
+}
+
+/// Attribute of a source address of this family.
+fn source_kind(family: IpAddr) -> u16 {
+    match family {
+        IpAddr::V4(_) => CTA_IP_V4_SRC,
+        IpAddr::V6(_) => CTA_IP_V6_SRC,
     }
 }
 
@@ -186,6 +289,7 @@ fn nested(into: &mut Vec<u8>, kind: u16, fill: impl FnOnce(&mut Vec<u8>)) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::netlink::Change;
     use std::os::fd::AsFd;
 
     #[test]
@@ -199,12 +303,40 @@ mod tests {
             Udp::AnsweredBy(four),
             Udp::AnsweredBy(six),
         ];
-        match conntrack.forget(&which) {
-            Err(e) if e.errno() == Some(libc::EINVAL) => {
-                println!("skipped: this kernel deletes no connections by filter");
-            }
-            other => other.unwrap(),
-        }
+        conntrack.forget(&which).unwrap();
         conntrack.forget(&[]).unwrap();
+    }
+
+    #[test]
+    fn listed_connections_are_told_apart_and_deleted_one_by_one() {
+        let netns = crate::netlink::new_netns().expect("root is needed");
+        let shown = || {
+            let mut rtnl = crate::netlink::Rtnl::open()?;
+            let index = rtnl.link_by_name("lo")?.expect("lo").index;
+            rtnl.apply(&[Change::SetUp { index, up: true }])?;
+            let rule = "table inet t { chain c { type filter hook output priority 0; ct state new accept; }; }";
+            let nft = std::process::Command::new("nft").arg(rule).status();
+            assert!(nft.expect("nft is needed").success());
+            let bind = || std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            let [client, one, other] = [bind(), bind(), bind()];
+            for to in [&one, &other] {
+                client.send_to(b"x", to.local_addr().unwrap()).unwrap();
+            }
+            let [one, other] = [one, other].map(|s| s.local_addr().unwrap().port());
+            let (four, six) = ("127.0.0.1".parse().unwrap(), "::1".parse().unwrap());
+            let mut socket = Socket::open(NETLINK_NETFILTER)?;
+            let mut count = |which| list(&mut socket, which).map(|found| found.len());
+            assert_eq!(count(Udp::SentTo(one, four))?, 1);
+            assert_eq!(count(Udp::SentTo(one, six))?, 0, "another family");
+            assert_eq!(count(Udp::AnsweredBy(four))?, 2);
+            forget_listed(&mut socket, Udp::SentTo(one, four))?;
+            assert_eq!(list(&mut socket, Udp::SentTo(one, four))?.len(), 0);
+            assert_eq!(list(&mut socket, Udp::SentTo(other, four))?.len(), 1);
+            forget_listed(&mut socket, Udp::AnsweredBy(four))?;
+            assert_eq!(list(&mut socket, Udp::AnsweredBy(four))?.len(), 0);
+            Ok::<(), NetlinkError>(())
+        };
+        let shown = crate::netlink::in_netns(netns.as_fd(), shown);
+        shown.expect("enter the namespace").unwrap();
     }
 }

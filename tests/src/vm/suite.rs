@@ -61,7 +61,7 @@ pub fn run(image: &Image) -> Result<Tally> {
 /// Runs each program, whatever became of the one before; the code is not 0 when one failed.
 fn script(programs: &[PathBuf]) -> String {
     let mut script = String::from(
-        "code=0\nexport PROPTEST_CASES=16\necho \"kernel $(uname -r), $(stat -fc %T /sys/fs/cgroup): \
+        "code=0\nexport PROPTEST_CASES=16 FERRULE_STORM=60\necho \"kernel $(uname -r), $(stat -fc %T /sys/fs/cgroup): \
          $(cat /sys/fs/cgroup/cgroup.controllers)\"\n",
     );
     for program in programs {
