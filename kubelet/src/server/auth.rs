@@ -24,6 +24,9 @@ use std::time::{Duration, Instant};
 /// Entries kept per cache; beyond that the expired ones go, then all.
 const CACHE_ENTRIES: usize = 4096;
 
+/// Who shows nothing.
+const ANONYMOUS: &str = "system:anonymous";
+
 /// Somebody who asks.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct User {
@@ -47,9 +50,14 @@ impl User {
         }
     }
 
+    /// Whether it is nobody in particular.
+    pub(super) fn is_anonymous(&self) -> bool {
+        self.name == ANONYMOUS
+    }
+
     fn anonymous() -> Self {
         Self {
-            name: "system:anonymous".to_owned(),
+            name: ANONYMOUS.to_owned(),
             groups: vec!["system:unauthenticated".to_owned()],
             ..Self::default()
         }

@@ -4,7 +4,7 @@
 //! one task per connection serves; both end with the token. Every request but those on the
 //! health port and the read-only port (off by default) is authenticated and authorized ([`auth`]).
 //!
-//! Bounds: connections ([`MAX_CONNECTIONS`]), handshake and header time, request line and header
+//! Bounds: connections ([`MAX_CONNECTIONS`], and of clients not known yet [`strangers`]), handshake and header time, request line and header
 //! size (hyper's own), no request body is read.
 
 pub mod auth;
@@ -15,6 +15,7 @@ mod node_logs;
 mod observe;
 mod routes;
 pub mod spdy;
+mod strangers;
 pub mod stream;
 pub mod tls;
 mod zpages;
@@ -33,6 +34,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use strangers::{Stranger, Strangers};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -131,6 +133,7 @@ async fn accept_all<R: RuntimeService + ImageService>(
 ) -> io::Result<()> {
     let tracker = server.tracker.clone();
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let strangers = Arc::new(Strangers::default());
     loop {
         // Both arms are cancel-safe: an accepted connection is handed on before the next await.
         let (stream, permit) = tokio::select! {
@@ -138,11 +141,13 @@ async fn accept_all<R: RuntimeService + ImageService>(
             accepted = accept(&listener, &slots) => accepted?,
         };
         let (server, tls, stop) = (Arc::clone(&server), Arc::clone(&tls), shutdown.clone());
+        let stranger = strangers.enter();
         tracker.spawn(async move {
             let _permit = permit;
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = connection(stream, server, &tls) => {}
+                () = stranger.displaced.cancelled() => {}
+                () = connection(stream, server, &tls, &stranger) => {}
             }
         });
     }
@@ -179,6 +184,7 @@ async fn connection<R: RuntimeService + ImageService>(
     stream: TcpStream,
     server: Arc<Server<R>>,
     tls: &tls::ReloadingServer,
+    stranger: &Arc<Stranger>,
 ) {
     let Some(serving) = tls.get() else { return };
     let _ = stream.set_nodelay(true);
@@ -187,8 +193,12 @@ async fn connection<R: RuntimeService + ImageService>(
     let Ok(Ok(stream)) = handshake else { return };
     let shown = stream.get_ref().1.peer_certificates();
     let peer = Arc::new(serving.believed(shown).and_then(holder));
-    let service = service_fn(move |request| {
+    if peer.is_some() {
+        stranger.known();
+    }
+    let service = service_fn(move |mut request: hyper::Request<_>| {
         let (server, peer) = (Arc::clone(&server), Arc::clone(&peer));
+        request.extensions_mut().insert(Arc::downgrade(stranger));
         async move {
             Ok::<_, std::convert::Infallible>(server.handle(request, peer.as_ref().as_ref()).await)
         }

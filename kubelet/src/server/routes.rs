@@ -4,6 +4,7 @@ use super::Server;
 use super::auth::{Denied, User, attributes};
 use super::logs::serve::SyncBody;
 use super::observe::{bucket, debugging_disabled};
+use super::strangers::Stranger;
 use crate::metrics::{Gauge, Histogram, metrics};
 use crate::pod::index::{ContainerRefs, PodEntry};
 use bytes::Bytes;
@@ -14,7 +15,7 @@ use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use runtime::service::{ImageService, RuntimeService};
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// Body of every answer.
 pub(super) type Body = BoxBody<Bytes, Infallible>;
@@ -162,6 +163,12 @@ impl<R: RuntimeService + ImageService> Server<R> {
             .and_then(bearer_token);
         let checked = async {
             let user = self.auth.authenticate(peer, bearer).await?;
+            let stranger = request.extensions().get::<Weak<Stranger>>();
+            if let Some(stranger) = stranger.and_then(Weak::upgrade)
+                && !user.is_anonymous()
+            {
+                stranger.known();
+            }
             self.auth
                 .authorize(&user, &attributes(request.method(), &path))
                 .await

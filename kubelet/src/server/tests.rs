@@ -288,6 +288,22 @@ async fn only_known_and_allowed_clients_are_served() {
 }
 
 #[tokio::test]
+async fn whoever_connects_and_says_nothing_keeps_nobody_out() {
+    use tokio::io::AsyncReadExt;
+    let node = node().await;
+    let early = connect(&node, Some("admin")).await;
+    let mut silent = vec![connect(&node, None).await];
+    for _ in 0..=strangers::MAX_STRANGERS {
+        silent.push(connect(&node, None).await);
+    }
+    let mut byte = [0];
+    let ended = silent[0].read(&mut byte).await;
+    assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
+    assert_eq!(get(&node, None, Some("good"), "/healthz").await.0, 200);
+    assert_eq!(get_over(early, None, "/pods").await.0, 200);
+}
+
+#[tokio::test]
 async fn a_certificate_of_strangers_is_no_identity_and_no_hindrance_to_a_token() {
     let node = node().await;
     let stranger = Authority::new().sign("admin", &[]);
