@@ -62,12 +62,12 @@ fn masquerade(
 ) -> Result<bool, CniError> {
     let network = &input.conf.name;
     match backend {
-        Backend::Nftables => {
-            let chain = firewall::masquerade(network, subnets, &conf.masquerade_except);
-            Nft::open()
-                .and_then(|mut nft| nft.ensure_chain(&chain))
-                .map_err(|e| kernel(&e))
-        }
+        Backend::Nftables => Nft::open()
+            .and_then(|mut nft| {
+                let except = &conf.masquerade_except;
+                firewall::ensure_masquerade(&mut nft, network, subnets, except)
+            })
+            .map_err(|e| kernel(&e)),
         Backend::Iptables => {
             xtables::ensure_masquerade(network, subnets, &conf.masquerade_except)?;
             Ok(false)
@@ -96,7 +96,8 @@ pub(crate) fn check(
             }
         }
         Some(Backend::Iptables) => {
-            let there = xtables::masquerade_is_there(network, &subnets)?;
+            let except = &conf.masquerade_except;
+            let there = xtables::masquerade_is_there(network, &subnets, except)?;
             if !there {
                 return differs("iptables lacks the network's masquerade".into());
             }

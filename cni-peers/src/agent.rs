@@ -1,6 +1,7 @@
 //! Puts the parts together and owns the tasks: one that follows the nodes, one that publishes, one
 //! that serves; and the kernel thread. All end with the process; what they made stays.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +16,6 @@ use tracing::{error, info, warn};
 use crate::api;
 use crate::cli::{self, Asked, Config, FlannelAnnotations};
 use crate::health::{self, Health};
-use crate::install::install;
 use crate::kernel::{self, Report, Snapshot};
 use crate::memory;
 use crate::netconf::Backend;
@@ -36,7 +36,7 @@ pub fn main(backend: Backend) -> ExitCode {
     let config = match cli::asked(backend) {
         Ok(Asked::Run(config)) => *config,
         Ok(Asked::Install { from, to }) => {
-            return install(&from, &to).map_or_else(refused, |()| ExitCode::SUCCESS);
+            return put_in_place(&from, &to).map_or_else(refused, |()| ExitCode::SUCCESS);
         }
         Err(problem) => return refused(problem),
     };
@@ -54,6 +54,13 @@ pub fn main(backend: Backend) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn put_in_place(from: &Path, to: &Path) -> Result<()> {
+    let name = from.file_name().and_then(|name| name.to_str());
+    let name = name.with_context(|| format!("{} names no program", from.display()))?;
+    cni::install::install(from, to, name)
+        .with_context(|| format!("install {} into {}", from.display(), to.display()))
 }
 
 fn log(json: bool) {

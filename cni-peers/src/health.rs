@@ -81,7 +81,7 @@ impl Health {
         put(
             "skipped",
             "gauge",
-            "Peer networks left out for a reason that is logged.",
+            "Peers left out, wholly or in one family; the log says which and why.",
             count(report.skipped.len()),
         );
         put(

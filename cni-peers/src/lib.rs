@@ -26,7 +26,6 @@ mod api;
 mod cli;
 mod conflist;
 mod health;
-mod install;
 mod kernel;
 mod memory;
 mod netconf;

@@ -3,6 +3,7 @@
 //! * [`types`]: results, errors and versions; wire forms stop there.
 //! * [`skel`]: the frame of a plugin executable: environment and standard input in, JSON out.
 //! * [`invoke`]: the runtime's side: network lists, chaining, result cache, time limits.
+//! * [`install`]: a program into a runtime's directory.
 //! * [`ipam`]: address allocation, pure over a [`ipam::Store`].
 //! * [`attach`]: names, addresses and routes of an attachment.
 //! * [`firewall`]: masquerade, host ports, isolation as data, applied by `linux::nft` or iptables.
@@ -17,6 +18,7 @@
 pub mod attach;
 pub mod bandwidth;
 pub mod firewall;
+pub mod install;
 pub mod invoke;
 pub mod ipam;
 pub mod keys;

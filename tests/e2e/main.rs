@@ -14,6 +14,7 @@ mod kills_at_any_moment_leave_nothing;
 mod logs_and_exec_reach_containers;
 mod networks_span_nodes;
 mod nodes_register_and_report;
+mod other_runtimes_use_our_networks;
 mod pod_networks_span_nodes;
 mod pods_end_in_order_and_can_be_debugged;
 mod pods_start_over_and_give_way;

@@ -3,6 +3,7 @@
 
 pub mod cni;
 pub mod life;
+pub mod network;
 
 use crate::cluster::{self, Lab, NodeKind, UpOptions};
 use crate::process::ProcessIdentity;

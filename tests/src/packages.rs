@@ -52,6 +52,9 @@ pub const NODES: &[Need] = &[
     ),
 ];
 
+/// What measuring throughput needs besides.
+pub const THROUGHPUT: &[Need] = &[need("iperf3", "iperf3", "sends as much as goes")];
+
 /// What building the stock peers needs besides.
 pub const STOCK: &[Need] = &[
     need("gcc", "gcc", "links runc"),

@@ -8,7 +8,7 @@ use crate::cluster::kubectl::Kubectl;
 use crate::cluster::layout::Layout;
 use crate::cluster::spare::Spare;
 use crate::cluster::{DEFAULT_LAB, Lab, NodeKind, controlplane, ferrule, node, stock};
-use crate::process::{self, ProcessIdentity};
+use crate::process::{self, ProcessIdentity, ProcessSpec};
 use crate::{command, paths};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -506,6 +506,28 @@ impl Agent {
         };
         let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
         command::stdout(&mut node::enter(holder, &args))
+    }
+
+    /// Starts another program of the node's own; it goes with the node.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_program(&self, name: &str, spec: ProcessSpec) -> Result<()> {
+        let mut lab = Lab::open(&self.lab)?;
+        let context = node::existing(&lab, &self.node)?;
+        node::ensure_agent(&mut lab, &context, name, spec)
+    }
+
+    /// Kills a program started by [`Agent::start_program`].
+    ///
+    /// # Errors
+    /// When it was never started or does not die.
+    pub fn kill_program(&self, name: &str) -> Result<()> {
+        let lab = Lab::open(&self.lab)?;
+        let record = lab.state.processes.get(&format!("{}/{name}", self.node));
+        let identity = record.and_then(|record| record.identity);
+        let identity = identity.with_context(|| format!("{name} was never started"))?;
+        process::kill(identity, Duration::from_secs(10))
     }
 
     /// A path inside the node as the machine sees it, mounts of the node included.

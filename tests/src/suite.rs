@@ -1,7 +1,7 @@
 //! `cargo xtask test`: every test there is, from those that need nothing to those that need a
 //! cluster, and the audit that nothing is left behind.
 
-use crate::cluster::{self, NodeKind, UpOptions};
+use crate::cluster::{self, Family, Network, NodeKind, UpOptions};
 use crate::command::describe;
 use crate::{artefacts, audit, command, conformance, packages, paths};
 use anyhow::{Context, Result};
@@ -11,6 +11,9 @@ use std::time::Instant;
 
 /// The lab the scenarios run in; apart from the one a developer may have up.
 pub const TEST_LAB: &str = "test";
+
+/// The lab of the few scenarios that ask for more than pods on bridges with one family.
+pub const SPANNING_LAB: &str = "test-vxlan";
 
 /// How many passed and failed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -70,21 +73,27 @@ pub fn run(options: &TestOptions) -> Result<Tally> {
         tally.add(stage(
             "unit, network namespace and cgroup tests",
             &args,
+            TEST_LAB,
             options,
         )?);
         tally.add(stage(
             "tests of the harness",
             &["--package", "testkit", "--lib"],
+            TEST_LAB,
             options,
         )?);
         tally.add(stage(
             "network plugins beside real peers",
             &["--package", "testkit", "--test", "netns"],
+            TEST_LAB,
             options,
         )?);
     }
     if options.cluster {
         tally.add(scenarios(options)?);
+        if options.filter.is_none() {
+            tally.add(spanning(options)?);
+        }
         if options.conformance && options.filter.is_none() {
             tally.add(upstream(options)?);
         }
@@ -95,33 +104,78 @@ pub fn run(options: &TestOptions) -> Result<Tally> {
     Ok(tally)
 }
 
+/// Services and pods of both families, on the network that wraps their packets: in a lab of its
+/// own, which is gone afterwards.
+fn spanning(options: &TestOptions) -> Result<Tally> {
+    let lab = up(
+        SPANNING_LAB,
+        Some(Family::Dual),
+        Some(Network::Vxlan),
+        options,
+    );
+    let tally = match lab {
+        Some(_) => stage(
+            "scenarios with two families on cni-vxlan",
+            &[
+                "--package",
+                "testkit",
+                "--test",
+                "e2e",
+                "--",
+                "services_and_names",
+                "networks_span_nodes::",
+            ],
+            SPANNING_LAB,
+            options,
+        )?,
+        None => Tally::one(false),
+    };
+    if options.keep {
+        return Ok(tally);
+    }
+    cluster::down(SPANNING_LAB).with_context(|| format!("take down lab {SPANNING_LAB}"))?;
+    Ok(tally)
+}
+
 fn scenarios(options: &TestOptions) -> Result<Tally> {
+    let Some(()) = up(TEST_LAB, None, None, options) else {
+        return Ok(Tally::one(false));
+    };
+    stage(
+        "scenarios on a real control plane",
+        &["--package", "testkit", "--test", "e2e"],
+        TEST_LAB,
+        options,
+    )
+}
+
+/// Brings a lab of two nodes up; `None` after saying why it did not come.
+fn up(
+    lab: &str,
+    family: Option<Family>,
+    network: Option<Network>,
+    options: &TestOptions,
+) -> Option<()> {
     let up = cluster::up(&UpOptions {
-        lab: TEST_LAB.to_owned(),
+        lab: lab.to_owned(),
         nodes: Some(2),
         kind: NodeKind::Ferrule,
         may_install: options.may_install,
         agents: true,
         addons: cluster::Addons::ALL,
-        family: None,
-        network: None,
+        family,
+        network,
         sample: true,
         profile: artefacts::ours::TEST_PROFILE.to_owned(),
     });
-    let lab = match up {
-        Ok(lab) => lab,
+    // The scenarios open the lab themselves: what is held of it here is dropped.
+    match up {
+        Ok(_) => Some(()),
         Err(error) => {
-            eprintln!("✗ bring up lab {TEST_LAB}: {error:#}");
-            return Ok(Tally::one(false));
+            eprintln!("✗ bring up lab {lab}: {error:#}");
+            None
         }
-    };
-    // The scenarios open the lab themselves.
-    drop(lab);
-    stage(
-        "scenarios on a real control plane",
-        &["--package", "testkit", "--test", "e2e"],
-        options,
-    )
+    }
 }
 
 /// Suite of the upstream stage: the largest that fits into a CI run.
@@ -189,7 +243,7 @@ fn clean_up() -> Result<Tally> {
 }
 
 /// Runs one `cargo test` and counts from what it prints.
-fn stage(title: &str, args: &[&str], options: &TestOptions) -> Result<Tally> {
+fn stage(title: &str, args: &[&str], lab: &str, options: &TestOptions) -> Result<Tally> {
     eprintln!("\n== {title}");
     let started = Instant::now();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -197,14 +251,16 @@ fn stage(title: &str, args: &[&str], options: &TestOptions) -> Result<Tally> {
     command
         .args(args)
         .current_dir(paths::workspace())
-        .env("FERRULE_LAB", TEST_LAB)
+        .env("FERRULE_LAB", lab)
         // Failed scenarios say what they saw; where in the harness is noise.
         .env("RUST_LIB_BACKTRACE", "0");
     if args.contains(&"e2e") {
         // Scenarios mostly wait: for back-offs, graces, probes.
         command.env("RUST_TEST_THREADS", "4");
     }
-    command.arg("--");
+    if !args.contains(&"--") {
+        command.arg("--");
+    }
     if let Some(filter) = &options.filter {
         command.arg(filter);
     }

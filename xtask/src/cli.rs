@@ -295,7 +295,7 @@ pub(crate) enum Output {
 #[derive(Debug, Args)]
 pub(crate) struct Image {
     /// Which [default: all]
-    #[arg(value_name = "NAME", value_parser = PossibleValuesParser::new(artefacts::ours::NETWORKS))]
+    #[arg(value_name = "NAME", value_parser = PossibleValuesParser::new(artefacts::ours::PLUGINS))]
     names: Vec<String>,
     /// Directory the archives are written into [default: images in the target directory]
     #[arg(long, value_name = "DIR")]
@@ -308,8 +308,8 @@ impl Image {
             .output
             .unwrap_or_else(|| paths::target().join("images"));
         let wanted = |name: &&str| self.names.is_empty() || self.names.iter().any(|n| n == name);
-        for name in artefacts::ours::NETWORKS.into_iter().filter(wanted) {
-            let programs = artefacts::ours::network(name)?;
+        for name in artefacts::ours::PLUGINS.into_iter().filter(wanted) {
+            let programs = artefacts::ours::plugin(name)?;
             let (file, digest) = images::own::write_network(&dir, &paths::cache()?, &programs)?;
             println!("{}  {digest}", file.display());
         }

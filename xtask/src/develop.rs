@@ -81,6 +81,8 @@ enum What {
     Life(Life),
     /// ADD and DEL of the network plugin, alone and at once, beside few and many pods
     Cni(Cni),
+    /// Throughput and latency between pods of two nodes, beside the nodes' own
+    Network(Network),
 }
 
 /// What our node is compared with.
@@ -220,12 +222,66 @@ impl Cni {
     }
 }
 
+/// What our networks are compared with, besides the nodes' own network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Rival {
+    /// flannel's back ends vxlan and host-gw
+    Flannel,
+}
+
+#[derive(Debug, Args)]
+struct Network {
+    /// Measure these networks too
+    #[arg(long, value_enum)]
+    against: Option<Rival>,
+    /// Turns of each network under each load, by turns
+    #[arg(long, default_value_t = 9)]
+    rounds: usize,
+    /// Length of a turn of iperf3
+    #[arg(long, default_value_t = 1)]
+    seconds: u32,
+    /// Streams of the loads with many
+    #[arg(long, default_value_t = 8)]
+    streams: u32,
+    /// Requests of a turn, one after the other
+    #[arg(long, default_value_t = 3000)]
+    requests: usize,
+    /// Form of the figures
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+    /// Fail instead of installing Debian packages that are missing
+    #[arg(long)]
+    no_install: bool,
+}
+
+impl Network {
+    fn run(self) -> Result<ExitCode> {
+        let rows = bench::network::measure(&bench::network::NetworkOptions {
+            against_flannel: self.against == Some(Rival::Flannel),
+            rounds: self.rounds,
+            seconds: self.seconds,
+            streams: self.streams,
+            requests: self.requests,
+            may_install: !self.no_install,
+        })?;
+        match self.output {
+            Output::Table => print!("{}", bench::network::render(&rows)),
+            Output::Json => {
+                let rows = bench::network::to_json(&rows);
+                println!("{}", serde_json::to_string_pretty(&rows)?);
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
 impl Bench {
     pub(crate) fn run(self) -> Result<ExitCode> {
         match self.what {
             What::Pods(pods) => pods.run(),
             What::Life(life) => life.run(),
             What::Cni(cni) => cni.run(),
+            What::Network(network) => network.run(),
         }
     }
 }

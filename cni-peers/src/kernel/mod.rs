@@ -32,6 +32,9 @@ pub(crate) use thread::spawn;
 /// Changes that failed are logged one by one up to this many; the rest is counted.
 const MAX_LOGGED_FAILURES: usize = 5;
 
+/// Peers newly left out are named one by one up to this many; the rest is counted.
+const MAX_LOGGED_SKIPPED: usize = 20;
+
 /// What does not change while the agent runs.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
@@ -133,6 +136,7 @@ pub(crate) struct Reconciler {
     settled: bool,
     watched: Watched,
     said: String,
+    said_skipped: Vec<Skipped>,
 }
 
 impl Reconciler {
@@ -145,6 +149,7 @@ impl Reconciler {
             settled: false,
             watched: Watched::default(),
             said: String::new(),
+            said_skipped: Vec::new(),
         })
     }
 
@@ -189,6 +194,7 @@ impl Reconciler {
 
     /// Says what changed in words, once.
     fn tell(&mut self) {
+        self.tell_skipped();
         let now = match &self.report.trouble {
             Some(trouble) => trouble.clone(),
             None => format!(
@@ -205,6 +211,23 @@ impl Reconciler {
             None => info!("The node's network is as it should be: {now}"),
         }
         self.said = now;
+    }
+
+    /// Names the peers that are left out now and were not before.
+    fn tell_skipped(&mut self) {
+        if self.report.skipped == self.said_skipped {
+            return;
+        }
+        let known = &self.said_skipped;
+        let new = self.report.skipped.iter().filter(|s| !known.contains(s));
+        for Skipped { node, why } in new.clone().take(MAX_LOGGED_SKIPPED) {
+            warn!("Left out: {node}: {why}");
+        }
+        let more = new.count().saturating_sub(MAX_LOGGED_SKIPPED);
+        if more > 0 {
+            warn!("Left out: {more} more peers");
+        }
+        self.said_skipped.clone_from(&self.report.skipped);
     }
 
     fn keep(&mut self, own: &PeerNode, snapshot: &Snapshot, troubles: &mut Vec<String>) {

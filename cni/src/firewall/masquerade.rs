@@ -2,7 +2,8 @@
 //! DEL touch no rules once the chain is there and its cost does not grow with the pods.
 
 use ipnet::IpNet;
-use linux::nft::{Chain, Expr, Family, Hook, Prefix, Rule, Sense};
+use linux::netlink::NetlinkError;
+use linux::nft::{Chain, Expr, Family, Hook, Nft, Prefix, Rule, Sense};
 
 use super::{prefix, short_hash};
 
@@ -21,17 +22,47 @@ pub fn masquerade(network: &str, subnets: &[IpNet], except: &[IpNet]) -> Chain {
         .iter()
         .map(|subnet| rule(network, *subnet, subnets, except))
         .collect();
-    let contents = format!("{subnets:?}{except:?}");
-    let name = format!(
-        "{}{:08x}",
-        masquerade_prefix(network),
-        short_hash(contents.as_bytes())
-    );
+    let except = format!("{except:?}");
     Chain {
-        name,
+        name: format!(
+            "{}{:08x}",
+            subnets_prefix(network, subnets),
+            short_hash(except.as_bytes())
+        ),
         hook: Some(Hook::SourceNat),
         rules,
     }
+}
+
+fn subnets_prefix(network: &str, subnets: &[IpNet]) -> String {
+    let subnets = format!("{subnets:?}");
+    let subnets = short_hash(subnets.as_bytes());
+    format!("{}{subnets:08x}-", masquerade_prefix(network))
+}
+
+/// Puts the chain in place of one that excepts other destinations for the same subnets. Chains of
+/// the network's other subnets stay: containers may have been given other ranges each. `true` when
+/// anything was made.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn ensure_masquerade(
+    nft: &mut Nft,
+    network: &str,
+    subnets: &[IpNet],
+    except: &[IpNet],
+) -> Result<bool, NetlinkError> {
+    let chain = masquerade(network, subnets, except);
+    if !nft.ensure_chain(&chain)? {
+        return Ok(false);
+    }
+    let prefix = subnets_prefix(network, subnets);
+    for name in nft.chains()? {
+        if name.starts_with(&prefix) && name != chain.name {
+            nft.remove_chain(&name)?;
+        }
+    }
+    Ok(true)
 }
 
 fn rule(network: &str, subnet: IpNet, subnets: &[IpNet], except: &[IpNet]) -> Rule {
@@ -96,5 +127,30 @@ mod tests {
         let prefix = masquerade_prefix("net");
         assert!(one.name.starts_with(&prefix) && two.name.starts_with(&prefix));
         assert!(!one.name.starts_with(&masquerade_prefix("other")));
+    }
+
+    #[test]
+    fn other_exceptions_take_the_place_of_the_former_and_other_subnets_stay() {
+        let netns = linux::netlink::new_netns().expect("root is needed");
+        let mut nft = Nft::open_in(std::os::fd::AsFd::as_fd(&netns)).unwrap();
+        let (one, other) = (nets(&["10.1.0.0/24"]), nets(&["10.2.0.0/24"]));
+        let mut ensure = |subnets: &[IpNet], except: &[&str]| {
+            let except = nets(except);
+            let made = ensure_masquerade(&mut nft, "net", subnets, &except).unwrap();
+            (made, nft.chains().unwrap())
+        };
+        assert!(ensure(&one, &["10.0.0.0/8"]).0);
+        assert!(!ensure(&one, &["10.0.0.0/8"]).0);
+        assert_eq!(ensure(&other, &[]).1.len(), 2);
+        let (made, chains) = ensure(&one, &["10.0.0.0/9"]);
+        let wanted = [
+            masquerade("net", &other, &[]).name,
+            masquerade("net", &one, &nets(&["10.0.0.0/9"])).name,
+        ];
+        assert!(made && chains.len() == 2, "{chains:?}");
+        assert!(
+            wanted.iter().all(|name| chains.contains(name)),
+            "{chains:?}"
+        );
     }
 }

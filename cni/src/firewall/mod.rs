@@ -23,7 +23,7 @@ pub mod xtables;
 pub use conditions::conditions;
 pub use guard::{ensure_guard, guard_elements, guard_is_there, remove_guard};
 pub use isolation::{Isolation, isolate, isolation_is_there, stop_isolating};
-pub use masquerade::{masquerade, masquerade_prefix};
+pub use masquerade::{ensure_masquerade, masquerade, masquerade_prefix};
 pub use ports::{
     Forward, HostPorts, PortMapping, PortRules, add_forwards, forwards_are_there,
     let_loopback_through, ports_prefix, remove_forwards, remove_port_rules,

@@ -150,11 +150,12 @@ pub fn ensure_masquerade(
         };
         rules.push_str(&format!("-A {chain} -d {multicast} -j RETURN\n"));
         for net in &subnets {
-            rules.push_str(&format!("-A {chain} -s {net} -j MASQUERADE\n"));
+            let rule = masquerade_rule(net, &except).join(" ");
+            rules.push_str(&format!("-A {chain} {rule}\n"));
         }
         if !has(family, "nat", "POSTROUTING", &jump)? {
             rules.push_str(&format!("-A POSTROUTING -j {chain}\n"));
-        } else if masquerade_is_whole(family, &chain, subnets.last())? {
+        } else if masquerade_is_whole(family, &chain, subnets.last(), &except)? {
             continue;
         }
         restore(family, rules + "COMMIT\n")?;
@@ -162,28 +163,52 @@ pub fn ensure_masquerade(
     Ok(())
 }
 
+/// The rule of one subnet. Its comment tells which destinations the rules before it except.
+fn masquerade_rule(subnet: &IpNet, except: &[IpNet]) -> [String; 8] {
+    let except = short_hash(format!("{except:?}").as_bytes());
+    let (subnet, except) = (subnet.to_string(), format!("except-{except:08x}"));
+    [
+        "-s",
+        &subnet,
+        "-m",
+        "comment",
+        "--comment",
+        &except,
+        "-j",
+        "MASQUERADE",
+    ]
+    .map(str::to_owned)
+}
+
 /// Rules are written together: when the last one is there, all are.
 fn masquerade_is_whole(
     family: Family,
     chain: &str,
     last: Option<&IpNet>,
+    except: &[IpNet],
 ) -> Result<bool, CniError> {
     let Some(last) = last else { return Ok(true) };
-    let last = last.to_string();
-    has(family, "nat", chain, &["-s", &last, "-j", "MASQUERADE"])
+    let rule = masquerade_rule(last, except);
+    has(family, "nat", chain, &rule.each_ref().map(String::as_str))
 }
 
 /// Whether [`ensure_masquerade`] would have nothing to do.
 ///
 /// # Errors
 /// Code 100 when iptables cannot be run.
-pub fn masquerade_is_there(network: &str, subnets: &[IpNet]) -> Result<bool, CniError> {
+pub fn masquerade_is_there(
+    network: &str,
+    subnets: &[IpNet],
+    except: &[IpNet],
+) -> Result<bool, CniError> {
     let chain = network_chain("M", network);
     for family in Family::BOTH {
-        let last = subnets.iter().rev().find(|net| family.has(net.addr()));
+        let ours = |net: &&IpNet| family.has(net.addr());
+        let last = subnets.iter().rev().find(ours);
+        let except: Vec<IpNet> = except.iter().filter(ours).copied().collect();
         if last.is_some()
             && !(has(family, "nat", "POSTROUTING", &["-j", &chain])?
-                && masquerade_is_whole(family, &chain, last)?)
+                && masquerade_is_whole(family, &chain, last, &except)?)
         {
             return Ok(false);
         }

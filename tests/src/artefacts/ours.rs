@@ -4,7 +4,7 @@ use crate::progress::Step;
 use crate::{command, paths};
 use anyhow::{Context, Result};
 use std::io::{BufRead as _, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Cargo profile of the agent in labs and tests: the one its unit tests are compiled with, so
@@ -71,15 +71,44 @@ pub fn plugins() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// A network that spans nodes: its plugin and its peer agent, both static.
+/// A network plugin and, when it spans nodes, its peer agent; all static.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetworkPrograms {
     /// Name of the plugin and of its package.
     pub name: &'static str,
     /// What runtimes execute.
     pub plugin: PathBuf,
-    /// What keeps the node.
-    pub agent: PathBuf,
+    /// What keeps the node; none for a plugin that needs nobody.
+    pub agent: Option<PathBuf>,
+}
+
+impl NetworkPrograms {
+    /// All of it: the plugin and what comes with it.
+    #[must_use]
+    pub fn files(&self) -> Vec<&Path> {
+        let agent = self.agent.as_deref();
+        std::iter::once(self.plugin.as_path())
+            .chain(agent)
+            .collect()
+    }
+}
+
+/// Every network plugin we have an image of.
+pub const PLUGINS: [&str; 3] = ["cni-bridge", "cni-vxlan", "cni-hostgw"];
+
+/// Builds one of [`PLUGINS`].
+///
+/// # Errors
+/// When cargo fails; the error carries its messages.
+pub fn plugin(name: &'static str) -> Result<NetworkPrograms> {
+    match NETWORKS.contains(&name) {
+        true => network(name),
+        false => Ok(NetworkPrograms {
+            name,
+            plugin: plugins()?.join(name),
+            agent: None,
+        }),
+    }
 }
 
 /// Packages of networks that span nodes.
@@ -95,7 +124,7 @@ pub fn network(name: &'static str) -> Result<NetworkPrograms> {
     let programs = NetworkPrograms {
         name,
         plugin: target.join("tiny").join(name),
-        agent: target.join("release").join(&agent),
+        agent: Some(target.join("release").join(&agent)),
     };
     if std::env::var_os(NO_BUILD).is_none() {
         let mut step = Step::begin(format!("build {name}, {agent}"));
@@ -109,7 +138,7 @@ pub fn network(name: &'static str) -> Result<NetworkPrograms> {
         compile_static(&packages, &mut step)?;
         step.done("");
     }
-    for program in [&programs.plugin, &programs.agent] {
+    for program in programs.files() {
         anyhow::ensure!(program.is_file(), "cargo built no {}", program.display());
     }
     Ok(programs)

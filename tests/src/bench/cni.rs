@@ -300,7 +300,7 @@ fn measure_one(
 }
 
 /// In milliseconds: the one in the middle, and the one behind 99 of 100.
-fn percentiles(times: &mut [Duration]) -> (f64, f64) {
+pub(super) fn percentiles(times: &mut [Duration]) -> (f64, f64) {
     times.sort();
     let at = |part: usize| {
         let place = times.len().saturating_sub(1) * part / 100;

@@ -13,6 +13,7 @@
 //! below the lab's directory. Nothing else is ever removed.
 
 pub mod addons;
+pub mod bare;
 pub mod cgroup;
 pub mod controlplane;
 pub mod down;

@@ -6,7 +6,8 @@
 use super::layout::{Layout, MAX_NODES};
 use super::node::{self, NodeContext};
 use super::state::{NodeKind, NodeRecord};
-use super::{Lab, ensure_routes, ferrule, join_network, pki, surplus, wait_node_ready};
+use super::{Lab, ensure_routes, ferrule, join_network, pki, stock, surplus, wait_node_ready};
+use crate::artefacts::go;
 use crate::artefacts::ours::Programs;
 use crate::process::until;
 use anyhow::{Context, Result};
@@ -22,6 +23,8 @@ const REACH_LIMIT: Duration = Duration::from_secs(30);
 /// What the node shall be like.
 #[derive(Debug, Clone, Default)]
 pub struct Spare {
+    /// The stock kubelet with containerd instead of ours.
+    pub stock: bool,
     /// Size of a disk of its own for what kubelet and runtime write.
     pub disk_bytes: Option<u64>,
     /// Lines of its KubeletConfiguration to replace, from and to.
@@ -62,18 +65,25 @@ fn remove_abandoned(lab: &mut Lab) -> Result<()> {
 
 fn add_as(lab: &mut Lab, number: usize, name: &str, spare: &Spare) -> Result<()> {
     remove_abandoned(lab)?;
+    let kind = match spare.stock {
+        true => NodeKind::Stock,
+        false => NodeKind::Ferrule,
+    };
     let record = NodeRecord {
         number,
-        kind: NodeKind::Ferrule,
+        kind,
         holder: None,
         pod_networks: Vec::new(),
         disk_bytes: spare.disk_bytes,
     };
     lab.state.nodes.insert(name.to_owned(), record);
     lab.save()?;
-    lab.ours = Some(installed_programs(lab)?);
+    match kind {
+        NodeKind::Ferrule => lab.ours = Some(installed_programs(lab)?),
+        NodeKind::Stock => lab.peers = Some(go::stock_peers()?),
+    }
     let authorities = pki::ensure_control_plane(&lab.layout)?;
-    node::ensure(lab, &authorities, number, NodeKind::Ferrule, false)?;
+    node::ensure(lab, &authorities, number, kind, false)?;
     configure(lab, name, spare)?;
     let context = node::existing(lab, name)?;
     start(lab, &context)
@@ -96,10 +106,16 @@ fn installed_programs(lab: &Lab) -> Result<Programs> {
 fn configure(lab: &Lab, name: &str, spare: &Spare) -> Result<()> {
     let dir = lab.layout.node_dir(name).join("kubernetes");
     let taint = "registerWithTaints: [{key: scenario, value: own, effect: NoSchedule}]\n";
-    let extra = format!("{taint}{}", spare.extra);
+    let mut extra = format!("{taint}{}", spare.extra);
+    if spare.stock {
+        extra.push_str(stock::ENDPOINT);
+    }
     let text = node::kubelet_configuration(&lab.layout, name, &extra);
     let text = changed(text, &spare.configuration)?;
     node::write_changed(&dir.join("kubelet.yaml"), &text, 0o644)?;
+    if spare.stock {
+        return Ok(());
+    }
     let file = dir.join("ferrule.yaml");
     let text = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
     node::write_changed(&file, &changed(text, &spare.runtime)?, 0o644)
@@ -114,7 +130,10 @@ fn changed(mut text: String, changes: &[(&'static str, String)]) -> Result<Strin
 }
 
 fn start(lab: &mut Lab, context: &NodeContext) -> Result<()> {
-    ferrule::start(lab, context)?;
+    match lab.state.nodes.get(&context.name).map(|node| node.kind) {
+        Some(NodeKind::Stock) => stock::start_kubelet(lab, context)?,
+        Some(NodeKind::Ferrule) | None => ferrule::start(lab, context)?,
+    }
     join_network(lab, &context.name)?;
     ensure_routes(lab)?;
     wait_node_ready(lab, &context.name)?;

@@ -8,6 +8,10 @@ use anyhow::{Context, Result};
 use std::path::Path;
 use std::time::Duration;
 
+/// Where the kubelet finds containerd, as a field of its configuration.
+pub(super) const ENDPOINT: &str =
+    "containerRuntimeEndpoint: unix:///run/containerd/containerd.sock\n";
+
 /// Installs the programs, starts containerd, then the kubelet, if `agent` says so.
 ///
 /// # Errors
@@ -36,8 +40,7 @@ pub fn ensure(lab: &mut Lab, node: &NodeContext, agent: bool) -> Result<()> {
             0o644,
         )?;
     }
-    let endpoint = "containerRuntimeEndpoint: unix:///run/containerd/containerd.sock\n";
-    let kubelet = node::kubelet_configuration(&lab.layout, &node.name, endpoint);
+    let kubelet = node::kubelet_configuration(&lab.layout, &node.name, ENDPOINT);
     node::write_changed(&config.join("kubelet.yaml"), &kubelet, 0o644)?;
     let mut containerd = ProcessSpec::new(
         peers.join("containerd"),

@@ -11,23 +11,28 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// The plugin and its peer agent, which also puts the plugin in place.
+/// The plugin and its peer agent; what is started is the agent, or the plugin itself to be put in
+/// place.
 fn network(store: &Store, programs: &NetworkPrograms) -> Result<Image> {
-    let files = [&programs.plugin, &programs.agent];
+    let files = programs.files();
     let mut inputs = Inputs::default();
-    for file in files {
+    for file in &files {
         inputs.file(file)?;
     }
     let layer = store.layer(programs.name, inputs, |layer| {
-        for file in files {
+        for file in &files {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             layer.file(&name, 0o755, fs::read(file)?);
         }
         Ok(())
     })?;
-    let entrypoint = format!("/{}-agent", programs.name);
+    let agent = format!("/{}-agent", programs.name);
+    let plugin = format!("/{}", programs.name);
     let run = Run {
-        entrypoint: &[&entrypoint],
+        entrypoint: match programs.agent {
+            Some(_) => &[&agent],
+            None => &[&plugin, "install"],
+        },
         working_dir: "/",
         version: programs.name,
         ..Run::default()
@@ -129,10 +134,10 @@ mod tests {
         let programs = NetworkPrograms {
             name: "cni-x",
             plugin: dir.path().join("cni-x"),
-            agent: dir.path().join("cni-x-agent"),
+            agent: Some(dir.path().join("cni-x-agent")),
         };
         fs::write(&programs.plugin, "plugin").unwrap();
-        fs::write(&programs.agent, "agent").unwrap();
+        fs::write(dir.path().join("cni-x-agent"), "agent").unwrap();
         let write = |name: &str| {
             let to = dir.path().join(name);
             // A cache of its own each time: nothing is taken from the first.
