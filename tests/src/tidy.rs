@@ -13,8 +13,9 @@ const MAX_LINES: usize = 700;
 
 /// Which of our packages a package may use. Arrows point one way only, and a package may skip a
 /// step downwards.
-const ARROWS: [(&str, &[&str]); 12] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("linux", &[]),
+    ("proto", &[]),
     ("cni", &["linux"]),
     ("cni-bridge", &["cni", "linux"]),
     ("cni-routed", &["cni", "linux"]),
@@ -23,7 +24,8 @@ const ARROWS: [(&str, &[&str]); 12] = [
     ("cni-hostgw", &["cni-peers", "cni-routed", "cni"]),
     ("pod-shim", &["linux"]),
     ("runtime", &["pod-shim", "cni", "linux"]),
-    ("kubelet", &["runtime", "linux"]),
+    ("kubelet", &["runtime", "proto", "linux"]),
+    ("csi-driver", &["proto", "linux"]),
     ("testkit", &["linux", "runtime", "pod-shim", "cni"]),
     ("xtask", &["testkit"]),
 ];
