@@ -235,7 +235,7 @@ struct Network {
     #[arg(long, value_enum)]
     against: Option<Rival>,
     /// Turns of each network under each load, by turns
-    #[arg(long, default_value_t = 9)]
+    #[arg(long, default_value_t = 15)]
     rounds: usize,
     /// Length of a turn of iperf3
     #[arg(long, default_value_t = 1)]

@@ -47,6 +47,9 @@ pub(super) struct Sample {
     pub(super) value: f64,
     /// 99 of 100 requests took at most so many µs; of datagrams, percent lost.
     pub(super) worst: f64,
+    /// Processor time of both ends, in ms per Gbit that arrived: what the kernel did for them on the
+    /// way is in it, so that it differs less with what else the machine does. 0 for requests.
+    pub(super) cost: f64,
 }
 
 impl Load {
@@ -101,9 +104,13 @@ fn iperf(subject: &Subject, streams: u32, seconds: u32, more: &[&str]) -> Result
     let printed: Value = serde_json::from_str(&printed).context("iperf3 printed no JSON")?;
     let end = &printed["end"];
     let arrived = end["sum_received"]["bits_per_second"].as_f64();
+    let arrived = arrived.with_context(|| format!("nothing is said of what arrived: {end}"))?;
+    let busy = |side: &str| end["cpu_utilization_percent"][side].as_f64().unwrap_or(0.0);
+    let busy = busy("host_total") + busy("remote_total");
     Ok(Sample {
-        value: arrived.with_context(|| format!("iperf3 says nothing of what arrived: {end}"))?
-            / 1e9,
+        value: arrived / 1e9,
+        // Percent are hundredths of a second per second.
+        cost: busy * 10.0 / (arrived / 1e9),
         worst: end["sum"]["lost_percent"].as_f64().unwrap_or(0.0),
     })
 }
@@ -140,6 +147,7 @@ fn requests(subject: &Subject, count: usize) -> Result<Sample> {
     Ok(Sample {
         value: p50 * 1e3,
         worst: p99 * 1e3,
+        cost: 0.0,
     })
 }
 
