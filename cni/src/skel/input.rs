@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
+use super::spelling;
 use crate::invoke::{AttachmentKey, Verb, valid_ifname, valid_name};
 use crate::ipam::Owner;
 use crate::types::{AttachResult, CniError, ErrorCode, SpecVersion, UnknownVersion};
@@ -89,12 +90,13 @@ impl Conf {
         let value: Value = serde_json::from_slice(bytes).map_err(|e| {
             CniError::caused(ErrorCode::Decode, "the configuration is not JSON", &e)
         })?;
-        let Value::Object(object) = value else {
+        let Value::Object(mut object) = value else {
             return Err(CniError::new(
                 ErrorCode::Decode,
                 "the configuration is no JSON object",
             ));
         };
+        spelling::mend(&mut object);
         // The specification: without a version it is 0.1.0, which we do not speak.
         let version = match object.get("cniVersion") {
             None => Err(UnknownVersion("0.1.0".into())),

@@ -7,6 +7,7 @@
 
 mod delegate;
 mod input;
+mod spelling;
 
 use std::io::{Read, Write};
 use std::process::ExitCode;
