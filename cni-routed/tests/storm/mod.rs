@@ -126,7 +126,7 @@ impl Node {
 }
 
 /// So many rounds of ADD, CHECK and DEL in all, each call killed at random now and then.
-pub fn storm(program: &'static str) {
+pub(crate) fn storm(program: &'static str) {
     // `FERRULE_STORM=10000` takes minutes.
     let rounds = std::env::var("FERRULE_STORM").map_or(600, |n| n.parse().unwrap());
     let node = Node::new(program);
