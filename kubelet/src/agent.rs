@@ -139,7 +139,7 @@ fn engine_config(config: &Config) -> EngineConfig {
         run_dir: config.runtime_run_dir.clone(),
         cni_conf_dir: config.cni_conf_dir.clone(),
         cni_bin_dirs: config.cni_bin_dirs.clone(),
-        shim_path: shim_path(config),
+        shim_path: present(shim_path(config)),
         cgroup_root: config.cgroup_root.clone(),
         cgroup_driver: CgroupDriver::default(),
         registries: RegistryConfig {
@@ -148,6 +148,17 @@ fn engine_config(config: &Config) -> EngineConfig {
             only_mirrors: config.images.only_mirrors,
         },
     }
+}
+
+/// Says at once that no container can be started; what runs is looked after all the same.
+fn present(shim_path: PathBuf) -> PathBuf {
+    if !shim_path.is_file() {
+        tracing::error!(
+            path = %shim_path.display(),
+            "There is no pod-shim, so no container can be started; install it there or name it by --shim-path"
+        );
+    }
+    shim_path
 }
 
 /// The shim: as configured, else beside our own program.

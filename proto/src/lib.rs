@@ -8,12 +8,9 @@ mod secret;
 /// Container Storage Interface.
 pub mod csi {
     /// CSI 1.13.0, package `csi.v1`.
-    #[allow(
-        missing_debug_implementations,
-        rustdoc::all,
-        clippy::all,
-        reason = "generated code"
-    )]
+    #[allow(clippy::allow_attributes_without_reason, reason = "generated code")]
+    #[allow(missing_debug_implementations, reason = "generated code")]
+    #[allow(rustdoc::all, clippy::all, reason = "generated code")]
     pub mod v1 {
         tonic::include_proto!("csi.v1");
     }
@@ -22,12 +19,9 @@ pub mod csi {
 /// How a plugin makes itself known to the kubelet through its plugin directory.
 pub mod registration {
     /// `pluginregistration.v1` of Kubernetes 1.36; the wire package is called `pluginregistration`.
-    #[allow(
-        missing_debug_implementations,
-        rustdoc::all,
-        clippy::all,
-        reason = "generated code"
-    )]
+    #[allow(clippy::allow_attributes_without_reason, reason = "generated code")]
+    #[allow(missing_debug_implementations, reason = "generated code")]
+    #[allow(rustdoc::all, clippy::all, reason = "generated code")]
     pub mod v1 {
         tonic::include_proto!("pluginregistration");
     }

@@ -31,8 +31,9 @@ fn serve(address: &str) -> Result<Server> {
             let Ok(mut stream) = stream else { return };
             let mut request = [0; 4096];
             let read = stream.read(&mut request).unwrap_or(0);
-            *asked.lock().unwrap() = String::from_utf8_lossy(&request[..read]).into_owned();
-            let body = body.lock().unwrap().clone();
+            *asked.lock().expect("nobody panicked") =
+                String::from_utf8_lossy(&request[..read]).into_owned();
+            let body = body.lock().expect("nobody panicked").clone();
             let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
             drop(stream.write_all(format!("{head}{body}").as_bytes()));
         }
@@ -76,7 +77,7 @@ fn etcd_and_apiserver_are_pods_of_the_node_that_joins_them() -> Result<()> {
     let scenario = Scenario::alone("hosted")?;
     let hosted = Hosted::new(&scenario.layout)?;
     let server = serve(&hosted.machine_address())?;
-    *server.body.lock().unwrap() = list(&["one", "two"]);
+    *server.body.lock().expect("nobody panicked") = list(&["one", "two"]);
     let extra = format!(
         "staticPodURL: {}\nstaticPodURLHeader: {{X-Node: [hosted]}}\nhttpCheckFrequency: 500ms\n",
         server.url
@@ -106,14 +107,14 @@ fn etcd_and_apiserver_are_pods_of_the_node_that_joins_them() -> Result<()> {
         nodes["items"] == json!([]),
         "a standalone agent registered: {nodes}"
     );
-    *server.body.lock().unwrap() = list(&["one"]);
+    *server.body.lock().expect("nobody panicked") = list(&["one"]);
     let three = ["etcd-node-1", "kube-apiserver-node-1", "one-node-1"];
     wait_for(&hosted, &three)?;
-    *server.body.lock().unwrap() = "nonsense".to_owned();
+    *server.body.lock().expect("nobody panicked") = "nonsense".to_owned();
 
     // The agent is killed, and comes back as a node of the cluster it carries.
     hosted.kill()?;
-    *server.body.lock().unwrap() = list(&["one"]);
+    *server.body.lock().expect("nobody panicked") = list(&["one"]);
     hosted.start(false, &extra)?;
     let mirrors = wait_for_mirrors(&hosted, &three, 0)?;
     for mirror in &mirrors {

@@ -245,11 +245,11 @@ fn numbers(prefix: String, value: &Value, out: &mut BTreeMap<String, f64>) {
     }
 }
 
-/// The script beside the design notes, or the one given by `FERRULE_PODBENCH`.
+/// The script in the repository, or the one given by `FERRULE_PODBENCH`.
 #[must_use]
 pub fn default_script() -> PathBuf {
     std::env::var_os("FERRULE_PODBENCH").map_or_else(
-        || paths::workspace().join("../shared/bench/podbench.py"),
+        || paths::workspace().join("tests/bench/podbench.py"),
         PathBuf::from,
     )
 }

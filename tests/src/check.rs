@@ -10,12 +10,7 @@ use std::process::Command;
 /// # Errors
 /// When any of them fails.
 pub fn check() -> Result<()> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let cargo = |args: &[&str]| {
-        let mut command = command::command(&cargo, args);
-        command.current_dir(paths::workspace());
-        command
-    };
+    let cargo = command::cargo;
     let clippy = [
         "clippy",
         "--quiet",

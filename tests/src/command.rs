@@ -28,6 +28,24 @@ pub fn command(program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> Command {
     command
 }
 
+/// Cargo, as it runs us, for another run in the workspace. What it tells the program it runs
+/// (`CARGO_MANIFEST_DIR` and others) is taken away: build scripts of some dependencies look at
+/// it, and would be run again, with all that depends on them, each time the way we were started
+/// changes.
+#[must_use]
+pub fn cargo(args: &[&str]) -> Command {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = command(cargo, args);
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&name);
+        }
+    }
+    command.current_dir(crate::paths::workspace());
+    command
+}
+
 /// Runs to the end with output captured, whatever the exit code.
 ///
 /// # Errors

@@ -3,7 +3,7 @@
 
 use crate::cluster::{self, Family, Network, NodeKind, UpOptions};
 use crate::command::describe;
-use crate::{artefacts, audit, command, conformance, packages, paths};
+use crate::{artefacts, audit, command, conformance, packages};
 use anyhow::{Context, Result};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -246,11 +246,9 @@ fn clean_up() -> Result<Tally> {
 fn stage(title: &str, args: &[&str], lab: &str, options: &TestOptions) -> Result<Tally> {
     eprintln!("\n== {title}");
     let started = Instant::now();
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command: Command = command::command(cargo, &["test", "--quiet"]);
+    let mut command: Command = command::cargo(&["test", "--quiet"]);
     command
         .args(args)
-        .current_dir(paths::workspace())
         .env("FERRULE_LAB", lab)
         // Failed scenarios say what they saw; where in the harness is noise.
         .env("RUST_LIB_BACKTRACE", "0");

@@ -81,9 +81,8 @@ fn tracked(root: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn dependencies(root: &Path) -> Result<Vec<String>> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let args = ["metadata", "--no-deps", "--format-version=1", "--offline"];
-    let text = command::stdout(command::command(cargo, &args).current_dir(root))?;
+    let text = command::stdout(command::cargo(&args).current_dir(root))?;
     let metadata: Value = serde_json::from_str(&text).context("parse cargo metadata")?;
     let mut uses: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for package in metadata["packages"].as_array().into_iter().flatten() {

@@ -6,15 +6,19 @@ use crate::observe;
 use crate::pod::rounds::{self, Round};
 use crate::pod::spec::{self, ContainerKind, ContainerRef};
 use crate::pod::state::{Lifecycle, Step};
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
     ContainerStateWaiting, ContainerStatus, ContainerUser, LinuxContainerUser, PodSpec,
     VolumeMountStatus,
 };
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use runtime::service as rt;
 
 /// Scheme of container ids in the API.
 pub(super) const ID_SCHEME: &str = "ferrule://";
+/// When a container began that never did.
+const EPOCH: Time = Time(Timestamp::UNIX_EPOCH);
 /// Exit code of a container whose end nobody saw.
 const UNKNOWN_EXIT: i32 = 137;
 /// What users read of a container that another one's end started anew.
@@ -365,7 +369,7 @@ fn terminated(input: &DeriveInput<'_>, container: &rt::ContainerStatus) -> Optio
                     reason: Some(reason.clone()).filter(|r| !r.is_empty()),
                     message,
                     // A container that never ran has the epoch there, as users know it.
-                    started_at: time(*started_at_ns),
+                    started_at: time(*started_at_ns).or(Some(EPOCH)),
                     finished_at: time(*finished_at_ns),
                 }),
                 ..ContainerState::default()

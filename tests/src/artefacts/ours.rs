@@ -157,8 +157,6 @@ fn directory(profile: &str) -> &str {
 const NO_BUILD: &str = "FERRULE_NO_BUILD";
 
 fn compile(profile: &str, step: &mut Step) -> Result<()> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let workspace = paths::workspace();
     let agent = [
         "build",
         // The features of the whole workspace: what the tests compiled is used again.
@@ -168,20 +166,16 @@ fn compile(profile: &str, step: &mut Step) -> Result<()> {
         "--profile",
         profile,
     ];
-    let mut command = command::command(&cargo, &agent);
-    cargo_build(command.current_dir(&workspace), step).context("build kubelet")?;
+    let mut command = command::cargo(&agent);
+    cargo_build(&mut command, step).context("build kubelet")?;
     let small = ["--package", "pod-shim", "--package", "cni-bridge"];
     compile_static(&[&small[..], &["--profile", "tiny"]].concat(), step)
 }
 
 /// Builds programs that need nothing but a kernel.
 fn compile_static(args: &[&str], step: &mut Step) -> Result<()> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = command::command(cargo, &["build", "--target", STATIC_TARGET]);
-    command
-        .args(args)
-        .current_dir(paths::workspace())
-        .env("RUSTFLAGS", STATIC_FLAGS);
+    let mut command = command::cargo(&["build", "--target", STATIC_TARGET]);
+    command.args(args).env("RUSTFLAGS", STATIC_FLAGS);
     cargo_build(&mut command, step)
 }
 
@@ -228,13 +222,12 @@ pub fn peer_programs() -> Result<PathBuf> {
     ];
     if std::env::var_os(NO_BUILD).is_none() {
         let mut step = Step::begin("build cni-vxlan, cni-hostgw and their agents".to_owned());
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut words = vec!["build", "--workspace", "--profile", TEST_PROFILE];
         for program in PROGRAMS {
             words.extend(["--bin", program]);
         }
-        let mut command = command::command(&cargo, &words);
-        cargo_build(command.current_dir(paths::workspace()), &mut step)?;
+        let mut command = command::cargo(&words);
+        cargo_build(&mut command, &mut step)?;
         step.done("");
     }
     let dir = paths::target().join(directory(TEST_PROFILE));

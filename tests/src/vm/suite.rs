@@ -3,9 +3,9 @@
 
 use super::machine::{Machine, Options};
 use super::{image::Image, job::Job};
+use crate::command;
 use crate::progress::Step;
 use crate::suite::{Tally, parse_result};
-use crate::{command, paths};
 use anyhow::{Context, Result};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -104,12 +104,11 @@ struct Programs {
 
 /// Compiles the tests and asks cargo where the programs are.
 fn test_programs() -> Result<Programs> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut build = command::command(&cargo, &["test", "--no-run", "--message-format=json"]);
+    let mut build = command::cargo(&["test", "--no-run", "--message-format=json"]);
     for package in PACKAGES {
         build.args(["--package", package]);
     }
-    let text = command::stdout(build.current_dir(paths::workspace()))?;
+    let text = command::stdout(&mut build)?;
     let programs = parse_programs(&text)?;
     anyhow::ensure!(!programs.tests.is_empty(), "cargo built no test program");
     Ok(programs)

@@ -361,7 +361,7 @@ impl<I: AsyncRead + Unpin> Reader<I> {
     }
 
     fn begin(&mut self, id: u32, fin: bool, headers: Headers) {
-        if id % 2 == 0 || id <= self.newest {
+        if id.is_multiple_of(2) || id <= self.newest {
             return self.answer(Urgent::Reset(id, ResetStatus::ProtocolError));
         }
         self.newest = id;

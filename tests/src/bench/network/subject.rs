@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::net::TcpStream;
 use std::os::fd::AsFd as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -226,12 +226,7 @@ fn bridge(nodes: &[BareNode; 2]) -> Result<()> {
     routes(nodes)
 }
 
-fn agents(
-    lab: &Lab,
-    nodes: &mut [BareNode; 2],
-    name: &'static str,
-    net_conf: &PathBuf,
-) -> Result<()> {
+fn agents(lab: &Lab, nodes: &mut [BareNode; 2], name: &'static str, net_conf: &Path) -> Result<()> {
     let programs = ours::network(name)?;
     let agent = programs.agent.context("the network has no agent")?;
     for node in nodes.iter_mut() {
