@@ -2,6 +2,7 @@
 //!
 //! The only crate that may say `unsafe`. Blocking throughout, no async runtime, no policy: what
 //! is wanted is decided by the callers, here it is done.
+pub mod blockfile;
 pub mod caps;
 pub mod cgroup;
 pub mod command;
@@ -11,6 +12,7 @@ pub mod event;
 pub mod failpoint;
 pub mod fdpass;
 pub mod fs;
+pub mod loopdev;
 pub mod mount;
 pub mod mountinfo;
 pub mod netdev;

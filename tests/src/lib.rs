@@ -20,6 +20,7 @@ pub mod process;
 pub mod progress;
 pub mod registry;
 pub mod scenario;
+pub mod storage;
 pub mod suite;
 pub mod terminal;
 pub mod tidy;

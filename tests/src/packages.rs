@@ -72,6 +72,16 @@ pub const STOCK: &[Need] = &[
     ),
 ];
 
+/// What the storage driver and its tests need besides.
+pub const STORAGE: &[Need] = &[
+    need("mkfs.ext4", "e2fsprogs", "makes and checks volumes"),
+    need(
+        "mkfs.xfs",
+        "xfsprogs",
+        "makes volumes, and the pool of tests",
+    ),
+];
+
 /// Which of `needs` are not there.
 #[must_use]
 pub fn missing(needs: &[Need]) -> Vec<Need> {

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use testkit::cluster::NodeKind;
 use testkit::conformance::{self, ConformanceOptions, Report};
+use testkit::storage;
 
 /// Arguments of the command.
 #[derive(Debug, Args)]
@@ -16,7 +17,7 @@ use testkit::conformance::{self, ConformanceOptions, Report};
 pub(crate) struct Conformance {
     #[command(flatten)]
     lab: LabName,
-    /// A named part of the suite
+    /// A named part of the suite, or csi-sanity
     #[arg(long, default_value = "node-conformance", conflicts_with = "focus")]
     suite: String,
     /// Regular expression of the specs to run
@@ -53,12 +54,20 @@ fn suites() -> String {
     let lines = conformance::SUITES
         .iter()
         .map(|suite| format!("  {:22} {}\n", suite.name, suite.about));
-    format!("Suites:\n{}", lines.collect::<String>())
+    format!(
+        "Suites:\n{}  {:22} the test program for CSI drivers on csi-driver, mounted and as block \
+         devices; needs no lab\n",
+        lines.collect::<String>(),
+        storage::CSI_SANITY
+    )
 }
 
 impl Conformance {
     /// Exit code 1 when a spec of ours failed.
     pub(crate) fn run(self) -> Result<ExitCode> {
+        if self.suite == storage::CSI_SANITY {
+            return self.run_sanity();
+        }
         let suite = conformance::suite(&self.suite)?;
         let (focus, skip) = match &self.focus {
             Some(focus) => (focus.as_str(), conformance::DEFAULT_SKIP),
@@ -88,6 +97,36 @@ impl Conformance {
             reports.insert("stock", conformance::run(&options)?);
         }
         self.print(&reports)?;
+        Ok(if green {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
+    }
+
+    /// The storage driver alone, without a cluster.
+    fn run_sanity(self) -> Result<ExitCode> {
+        let options = storage::SanityOptions {
+            may_install: !self.no_install,
+            reports: self.reports.clone(),
+        };
+        let reports = storage::sanity(&options)?;
+        if self.output == Output::Json {
+            println!("{}", serde_json::to_string_pretty(&reports)?);
+        }
+        let mut green = true;
+        for (name, report) in &reports {
+            let total = report.total();
+            green &= report.is_green();
+            for spec in report.failures() {
+                eprintln!("failed ({name}): {}", spec.name);
+            }
+            eprintln!(
+                "{name}: {} passed, {} failed, {} skipped of {}",
+                total.passed, total.failed, total.skipped, report.chosen
+            );
+        }
+        eprintln!("reports: {}", self.reports.display());
         Ok(if green {
             ExitCode::SUCCESS
         } else {

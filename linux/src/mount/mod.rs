@@ -5,9 +5,10 @@
 //! decided by the caller. A mount is first made detached, given its attributes, and attached as
 //! the last step; whoever looks never sees it half made.
 //!
-//! [`resolve`] walks paths beneath a root and makes what is missing.
+//! [`device`] mounts filesystems on block devices by path. [`resolve`] walks paths beneath a root and makes what is missing.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
+pub mod device;
 pub mod resolve;
 
 use rustix::fs::{Mode, OFlags};

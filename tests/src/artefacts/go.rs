@@ -280,6 +280,22 @@ pub fn cnitool() -> Result<PathBuf> {
     ensure("cnitool", "cnitool", &[build], |_| Ok(()))
 }
 
+/// Directory with `csi-sanity`, the test program for CSI drivers.
+///
+/// # Errors
+/// When Go is missing or the build fails.
+pub fn csi_sanity() -> Result<PathBuf> {
+    let build = GoBuild {
+        module: "peers/csi-sanity",
+        package: "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity",
+        output: "csi-sanity",
+        flags: vec!["-ldflags=-s -w".into()],
+        test: false,
+        cgo: false,
+    };
+    ensure("csi-sanity", "csi-sanity", &[build], |_| Ok(()))
+}
+
 fn kubernetes_linker_flags() -> String {
     let mut flags = String::from("-ldflags=-s -w");
     let values = [

@@ -144,6 +144,24 @@ pub fn network(name: &'static str) -> Result<NetworkPrograms> {
     Ok(programs)
 }
 
+/// Builds the storage driver with `profile` and says where it is.
+///
+/// # Errors
+/// When cargo fails; the error carries its messages.
+pub fn csi_driver(profile: &str) -> Result<PathBuf> {
+    if std::env::var_os(NO_BUILD).is_none() {
+        let mut step = Step::begin(format!("build csi-driver ({profile})"));
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let words = ["build", "--package", "csi-driver", "--profile", profile];
+        let mut command = command::command(cargo, &words);
+        cargo_build(command.current_dir(paths::workspace()), &mut step)?;
+        step.done("");
+    }
+    let program = paths::target().join(directory(profile)).join("csi-driver");
+    anyhow::ensure!(program.is_file(), "cargo built no {}", program.display());
+    Ok(program)
+}
+
 /// Where cargo puts what a profile builds.
 fn directory(profile: &str) -> &str {
     match profile {

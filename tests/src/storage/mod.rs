@@ -1,0 +1,10 @@
+//! The storage driver beside no cluster: a pool on a filesystem of its own, the driver, and
+//! whoever judges it.
+
+mod driver;
+mod pool;
+mod sanity;
+
+pub use driver::RunningDriver;
+pub use pool::{PoolFilesystem, ScratchPool};
+pub use sanity::{CSI_SANITY, SanityOptions, sanity};
