@@ -14,6 +14,14 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::time::{Duration, Instant};
+
+/// A device whose last mount has gone clears itself within this, or somebody we do not see has it
+/// mounted: a pod's own mount namespace does.
+const CLEAR_LIMIT: Duration = Duration::from_secs(2);
+
+/// Between two looks for it.
+const CLEAR_PAUSE: Duration = Duration::from_millis(5);
 
 /// What a driver is told at its start.
 #[derive(Debug, Clone)]
@@ -196,8 +204,18 @@ impl Driver {
             return Ok(false);
         }
         let file = image::open(&path)?;
-        // A device that is about to clear itself does so when the first look lets go of it.
-        Ok(attach::find(&file, &path)?.is_some() && attach::find(&file, &path)?.is_some())
+        let until = Instant::now() + CLEAR_LIMIT;
+        while let Some(device) = attach::find(&file, &path)? {
+            // Whoever lists devices has each of them open for a moment, and so keeps one that
+            // would clear itself. There is no event for its end.
+            let clears_itself = device.status().is_ok_and(|status| status.autoclear);
+            drop(device);
+            if !clears_itself || Instant::now() > until {
+                return Ok(true);
+            }
+            std::thread::sleep(CLEAR_PAUSE);
+        }
+        Ok(false)
     }
 
     /// A volume that exists, by the id somebody gave.

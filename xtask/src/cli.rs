@@ -292,10 +292,13 @@ pub(crate) enum Output {
     Json,
 }
 
+/// The storage driver, whose image is not one of a network.
+const CSI_DRIVER: &str = "csi-driver";
+
 #[derive(Debug, Args)]
 pub(crate) struct Image {
     /// Which [default: all]
-    #[arg(value_name = "NAME", value_parser = PossibleValuesParser::new(artefacts::ours::PLUGINS))]
+    #[arg(value_name = "NAME", value_parser = PossibleValuesParser::new(artefacts::ours::PLUGINS.into_iter().chain([CSI_DRIVER])))]
     names: Vec<String>,
     /// Directory the archives are written into [default: images in the target directory]
     #[arg(long, value_name = "DIR")]
@@ -311,6 +314,11 @@ impl Image {
         for name in artefacts::ours::PLUGINS.into_iter().filter(wanted) {
             let programs = artefacts::ours::plugin(name)?;
             let (file, digest) = images::own::write_network(&dir, &paths::cache()?, &programs)?;
+            println!("{}  {digest}", file.display());
+        }
+        if wanted(&CSI_DRIVER) {
+            let program = artefacts::ours::static_csi_driver()?;
+            let (file, digest) = images::storage::write(&dir, &paths::cache()?, &program)?;
             println!("{}  {digest}", file.display());
         }
         Ok(ExitCode::SUCCESS)

@@ -117,9 +117,12 @@ impl Conformance {
         let mut green = true;
         for (name, report) in &reports {
             let total = report.total();
-            green &= report.is_green();
+            green &= storage::is_green(report);
             for spec in report.failures() {
-                eprintln!("failed ({name}): {}", spec.name);
+                match storage::faulty(&spec.name) {
+                    Some(why) => eprintln!("faulty ({name}): {}: {why}", spec.name),
+                    None => eprintln!("failed ({name}): {}", spec.name),
+                }
             }
             eprintln!(
                 "{name}: {} passed, {} failed, {} skipped of {}",

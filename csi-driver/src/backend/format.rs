@@ -120,7 +120,12 @@ pub fn grow_ext4(image: &Path) -> Result<(), DriverError> {
 pub fn set_uuid(filesystem: Filesystem, image: &Path, uuid: &str) -> Result<(), DriverError> {
     match filesystem {
         Filesystem::Ext4 => run("tune2fs", &["-U", uuid], image, MAKE_LIMIT, &[0])?,
-        Filesystem::Xfs => run("xfs_admin", &["-U", uuid], image, MAKE_LIMIT, &[0])?,
+        Filesystem::Xfs => {
+            // What xfs_admin, a shell script, calls: no shell is needed then.
+            let command = format!("uuid {uuid}");
+            let args = ["-x", "-p", "xfs_admin", "-c", &command];
+            run("xfs_db", &args, image, MAKE_LIMIT, &[0])?
+        }
     }
     let file = super::image::open(image)?;
     let found = superblock::read(&file).map_err(DriverError::io("read", image.display()))?;

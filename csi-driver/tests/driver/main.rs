@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on shall stop")]
 
 mod damage;
+mod figures;
 mod kills;
 mod lab;
 mod life;

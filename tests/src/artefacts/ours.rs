@@ -162,6 +162,24 @@ pub fn csi_driver(profile: &str) -> Result<PathBuf> {
     Ok(program)
 }
 
+/// Builds the storage driver as it goes into its image: static, without debug information.
+///
+/// # Errors
+/// When cargo fails; the error carries its messages.
+pub fn static_csi_driver() -> Result<PathBuf> {
+    if std::env::var_os(NO_BUILD).is_none() {
+        let mut step = Step::begin("build csi-driver (static)".to_owned());
+        let words = ["--package", "csi-driver", "--profile", "release"];
+        compile_static(&words, &mut step)?;
+        step.done("");
+    }
+    let program = paths::target()
+        .join(STATIC_TARGET)
+        .join("release/csi-driver");
+    anyhow::ensure!(program.is_file(), "cargo built no {}", program.display());
+    Ok(program)
+}
+
 /// Where cargo puts what a profile builds.
 fn directory(profile: &str) -> &str {
     match profile {

@@ -13,6 +13,7 @@ mod programs;
 mod push;
 
 mod recipes;
+pub mod storage;
 
 pub use layout::digest;
 

@@ -70,11 +70,16 @@ pub fn write_network(
 ) -> Result<(PathBuf, String)> {
     let store = Store::open(&cache.join("images"))?;
     let image = network(&store, programs)?;
+    write(dir, programs.name, &image)
+}
+
+/// Writes an image as `<name>.tar` into `dir`; returns the file and the manifest's digest.
+pub(super) fn write(dir: &Path, name: &str, image: &Image) -> Result<(PathBuf, String)> {
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
-    let path = dir.join(format!("{}.tar", programs.name));
-    let name = format!("ferrule.dev/{}:latest", programs.name);
+    let path = dir.join(format!("{name}.tar"));
+    let name = format!("ferrule.dev/{name}:latest");
     let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
-    archive(&image, &name, file).with_context(|| format!("write {}", path.display()))?;
+    archive(image, &name, file).with_context(|| format!("write {}", path.display()))?;
     Ok((path, digest(&image.manifest)))
 }
 

@@ -7,4 +7,4 @@ mod sanity;
 
 pub use driver::RunningDriver;
 pub use pool::{PoolFilesystem, ScratchPool};
-pub use sanity::{CSI_SANITY, SanityOptions, sanity};
+pub use sanity::{CSI_SANITY, FAULTY, SanityOptions, faulty, is_green, sanity};
