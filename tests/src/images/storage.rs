@@ -1,7 +1,7 @@
 //! The image of the storage driver: a static program, and the programs that make and check
 //! filesystems, from Debian with the libraries they need.
 
-use super::layout::{Image, Run, Store, image};
+use super::layout::{Run, Store, image};
 use super::{debian, own};
 use crate::artefacts::cache::Inputs;
 use anyhow::Result;
