@@ -254,7 +254,7 @@ fn stage(title: &str, args: &[&str], lab: &str, options: &TestOptions) -> Result
         .env("RUST_LIB_BACKTRACE", "0");
     if args.contains(&"e2e") {
         // Scenarios mostly wait: for back-offs, graces, probes.
-        command.env("RUST_TEST_THREADS", "4");
+        command.env("RUST_TEST_THREADS", "6");
     }
     if !args.contains(&"--") {
         command.arg("--");
