@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 use testkit::chaos::{self, ChaosOptions};
 use testkit::scenario::Scenario;
+use testkit::storage;
 use testkit::{bench, check as checks, suite};
 
 /// Exit code 1 when a check fails.
@@ -83,6 +84,18 @@ enum What {
     Cni(Cni),
     /// Throughput and latency between pods of two nodes, beside the nodes' own
     Network(Network),
+    /// Making, staging, copying and removing volumes of csi-driver; needs no lab
+    Csi(Csi),
+}
+
+#[derive(Debug, Args)]
+struct Csi {
+    /// Cargo profile of the driver
+    #[arg(long, default_value = "release")]
+    profile: String,
+    /// Fail instead of installing Debian packages that are missing
+    #[arg(long)]
+    no_install: bool,
 }
 
 /// What our node is compared with.
@@ -282,6 +295,10 @@ impl Bench {
             What::Life(life) => life.run(),
             What::Cni(cni) => cni.run(),
             What::Network(network) => network.run(),
+            What::Csi(csi) => {
+                storage::bench(&csi.profile, !csi.no_install)?;
+                Ok(ExitCode::SUCCESS)
+            }
         }
     }
 }
