@@ -1,5 +1,6 @@
 //! A pool on a filesystem of its own, a driver on it, and the calls of a client.
 
+use linux::process::namespace::{self, Namespaces};
 use proto::csi::v1;
 use proto::csi::v1::controller_client::ControllerClient;
 use proto::csi::v1::group_controller_client::GroupControllerClient;
@@ -40,6 +41,7 @@ impl Lab {
     }
 
     pub(crate) fn sized(on: On, bytes: u64) -> Self {
+        keep_to_ourselves();
         let dir = tempfile::Builder::new()
             .prefix("csi-driver-")
             .tempdir_in("/var/tmp");
@@ -200,8 +202,27 @@ impl Drop for Lab {
                 let _ = device.detach();
             }
         }
-        let _ = linux::mount::device::unmount(&self.path("mnt"));
+        // A device of a volume that is just going holds the filesystem a little longer.
+        let started = Instant::now();
+        while linux::mount::device::unmount(&self.path("mnt")).is_err() {
+            if started.elapsed() > Duration::from_secs(10) {
+                eprintln!("{} is still mounted", self.path("mnt").display());
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
+}
+
+/// Gives this test's thread, and all that it starts, a mount namespace of its own. Whoever makes
+/// one elsewhere on the machine would copy our mounts, and hold our devices with them.
+fn keep_to_ourselves() {
+    let mount = Namespaces {
+        mount: true,
+        ..Namespaces::default()
+    };
+    namespace::unshare(mount).unwrap();
+    linux::mount::make_all_private().unwrap();
 }
 
 pub(crate) fn run(command: &mut Command) {
