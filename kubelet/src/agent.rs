@@ -12,6 +12,7 @@
 //! collector   pod index, engine                       engine (unused images)
 //! compressor  engine, log directories                 rotated logs
 //! node        machine, engine, apiserver              Node, Lease
+//! plugins     sockets of drivers                      Node, CSINode, drivers -> volumes
 //! server      pod index, engine                       HTTPS clients
 //! ```
 //!
@@ -31,8 +32,10 @@ use crate::images::gc::{ImageGc, Policy};
 use crate::images::provider::{ProviderConfigError, Providers};
 use crate::launch::{LaunchContext, dns, qos};
 use crate::metrics;
+use crate::node::csi_node::CsiNodeWriter;
 use crate::node::{Node, NodeHandle, capacity, machine};
 use crate::objects::Objects;
+use crate::plugins::{CsiPlugins, Plugins};
 use crate::pod::clock::Clock;
 use crate::pod::index::PodIndex;
 use crate::pod::launcher::{Burstable, NodeClient, NodeEnvironment};
@@ -48,7 +51,7 @@ use crate::source::{self, PodChange, Source};
 use crate::stats::Stats;
 use crate::status::publish::{KubeStatusApi, StatusPublisher};
 use crate::userns::{self, UserNamespaces};
-use crate::volumes::{Volumes, VolumesConfig};
+use crate::volumes::{Drivers, Volumes, VolumesConfig};
 use runtime::Engine;
 use runtime::config::{CgroupDriver, EngineConfig};
 use runtime::image::RegistryConfig;
@@ -313,11 +316,16 @@ impl<R: RuntimeService + ImageService> Agent<R> {
         let client = self.clients.main.clone();
         let objects = Arc::new(Objects::new(client.clone()));
         let context = Arc::new(arc_swap::ArcSwap::from_pointee(context));
+        let drivers = Drivers::new(client.clone());
         let settings = VolumesConfig {
             root_dir: self.config.root_dir.clone(),
             context: context.clone(),
             events: events.clone(),
+            node_name: self.config.node_name.clone(),
+            node: node.clone(),
+            drivers: drivers.clone(),
         };
+        self.start_plugins(drivers, node);
         let volumes = Volumes::new(settings, objects.clone(), client.clone())
             .map_err(|e| AgentError::Volumes(e.to_string()))?;
         let (ids, max_pods) = (self.config.ids_per_pod, self.config.max_pods);
@@ -383,6 +391,20 @@ impl<R: RuntimeService + ImageService> Agent<R> {
             self.tracker.spawn(keeper.run(self.stop.clone()));
         }
         Ok(kept)
+    }
+
+    /// Drivers that register, and what the cluster hears of them.
+    fn start_plugins(&self, drivers: Drivers, node: &NodeHandle) {
+        if self.config.is_standalone() {
+            return;
+        }
+        let (client, name) = (self.clients.main.clone(), &self.config.node_name);
+        let writer = CsiNodeWriter::new(client, node.clone(), name);
+        self.tracker.spawn(writer.clone().init(self.stop.clone()));
+        let registry = self.config.root_dir.join("plugins_registry");
+        let csi = CsiPlugins::new(drivers, writer);
+        let plugins = Plugins::new(registry, vec![Box::new(csi)]);
+        self.tracker.spawn(plugins.run(self.stop.clone()));
     }
 
     /// Where pods come from, as configured.
@@ -484,7 +506,7 @@ impl<R: RuntimeService + ImageService> Agent<R> {
 
     /// What measures the node and its pods.
     fn stats(&self, index: &PodIndex, volumes: Volumes) -> Arc<Stats<R>> {
-        let paths = move |uid: &str| volumes.paths(uid);
+        let paths = move |uid: &str| volumes.places(uid);
         Arc::new(Stats::new(
             self.runtime.clone(),
             self.config.clone(),

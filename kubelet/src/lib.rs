@@ -27,6 +27,7 @@ pub mod metrics;
 pub mod node;
 pub mod objects;
 pub mod observe;
+pub mod plugins;
 pub mod pod;
 pub mod probes;
 pub mod quantity;

@@ -4,7 +4,7 @@ use super::env::environment;
 use super::expand::expand_env;
 use super::files::HostFile;
 use super::hash::container_hash;
-use super::mounts::{MountPlan, plan, termination_path};
+use super::mounts::{MountPlan, devices, plan, termination_path};
 use super::resources::container_resources;
 use super::security::security;
 use super::{
@@ -96,7 +96,7 @@ pub fn config(inputs: &Inputs<'_>) -> Result<ContainerLaunch, LaunchError> {
         args: expand(container.args.as_ref()),
         working_dir: container.working_dir.clone().unwrap_or_default(),
         mounts,
-        devices: Vec::new(),
+        devices: devices(container, inputs.volumes)?,
         labels: labels(pod, container),
         annotations: annotations(container, inputs.attempt),
         log_path: format!("{}/{}.log", container.name, inputs.attempt),

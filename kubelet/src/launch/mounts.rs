@@ -5,7 +5,7 @@ use super::expand::expand_sub_path;
 use super::files::HostFile;
 use super::hosts::hosts_file;
 use super::{LaunchContext, LaunchError, host_network, pod_directory};
-use k8s_openapi::api::core::v1::{Container, Pod, VolumeMount};
+use k8s_openapi::api::core::v1::{Container, Pod, VolumeDevice, VolumeMount};
 use runtime::service::Mount;
 use runtime::service::Propagation;
 use std::path::{Component, Path, PathBuf};
@@ -78,6 +78,38 @@ pub fn plan(inputs: &Inputs<'_>, env: &[(String, String)]) -> Result<MountPlan, 
     plan.mounts
         .push(bind(absolute(termination_path(container)), path));
     Ok(plan)
+}
+
+/// A device passed in: path on the node, path in the container, permissions.
+pub type Device = (PathBuf, String, String);
+
+/// The devices a container asks for.
+///
+/// # Errors
+/// A volume that is not there or is no device, a path that is not absolute.
+pub fn devices(
+    container: &Container,
+    volumes: &crate::volumes::PodVolumes,
+) -> Result<Vec<Device>, LaunchError> {
+    let wanted = container.volume_devices.iter().flatten();
+    let one = |device: &VolumeDevice| {
+        let (name, path) = (&device.name, &device.device_path);
+        if !path.starts_with('/') {
+            return Err(LaunchError::Config(format!(
+                "error DevicePath `{path}` must be an absolute path"
+            )));
+        }
+        let volume = volumes.by_name.get(name).filter(|v| v.block);
+        let volume = volume.ok_or_else(|| {
+            LaunchError::Config(format!(
+                "cannot find volume {name:?} to pass into container {:?}",
+                container.name
+            ))
+        })?;
+        let access = if volume.readonly { "r" } else { "mrw" };
+        Ok((volume.path.clone(), path.clone(), access.to_owned()))
+    };
+    wanted.map(one).collect()
 }
 
 fn bind(container_path: String, host_path: PathBuf) -> Mount {
@@ -208,14 +240,20 @@ mod tests {
         let mut volumes = PodVolumes::default();
         for (name, readonly) in [("data", false), ("cfg", true)] {
             let path = PathBuf::from(format!("/v/{name}"));
-            volumes
-                .by_name
-                .insert(name.into(), HostVolume { path, readonly });
+            volumes.by_name.insert(
+                name.into(),
+                HostVolume {
+                    path,
+                    readonly,
+                    block: false,
+                },
+            );
         }
         let path = PathBuf::new();
         let image = HostVolume {
             path,
             readonly: true,
+            block: false,
         };
         volumes.by_name.insert("image".into(), image);
         let env = [("NAME".to_owned(), "x".to_owned())];
@@ -288,6 +326,31 @@ mod tests {
             .filter(|f| matches!(f, HostFile::SubPath { make: true, .. }))
             .count();
         assert_eq!(made, 1);
+    }
+
+    #[test]
+    fn devices_are_passed_in_with_what_their_claim_allows() {
+        let asked =
+            json!({"name": "c", "volumeDevices": [{"name": "raw", "devicePath": "/dev/x"}]});
+        let pod = pod_of(asked);
+        let container = &pod.spec.as_ref().unwrap().containers[0];
+        let mut volumes = PodVolumes::default();
+        assert_eq!(
+            devices(container, &volumes).unwrap_err().to_string(),
+            "cannot find volume \"raw\" to pass into container \"c\""
+        );
+        for (readonly, access) in [(false, "mrw"), (true, "r")] {
+            let volume = HostVolume {
+                path: "/p".into(),
+                readonly,
+                block: true,
+            };
+            volumes.by_name.insert("raw".into(), volume);
+            assert_eq!(
+                devices(container, &volumes).unwrap(),
+                [("/p".into(), "/dev/x".to_owned(), access.to_owned())]
+            );
+        }
     }
 
     #[test]

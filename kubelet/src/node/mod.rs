@@ -6,6 +6,7 @@
 
 pub mod capacity;
 pub mod conditions;
+pub mod csi_node;
 pub mod lease;
 pub mod machine;
 pub mod notify;
@@ -39,6 +40,7 @@ struct Inner {
     node: channel::Sender<Option<Arc<NodeObject>>>,
     troubles: channel::Sender<BTreeMap<&'static str, String>>,
     pressures: channel::Sender<BTreeSet<Pressure>>,
+    volumes_in_use: channel::Sender<Vec<String>>,
     capacity: Amounts,
     allocatable: Amounts,
     host_ips: Vec<IpAddr>,
@@ -55,6 +57,7 @@ impl NodeHandle {
                 node: channel::Sender::new(None),
                 troubles: channel::Sender::new(BTreeMap::new()),
                 pressures: channel::Sender::new(BTreeSet::new()),
+                volumes_in_use: channel::Sender::new(Vec::new()),
                 capacity,
                 allocatable,
                 host_ips: config.node_ips.clone(),
@@ -144,6 +147,24 @@ impl NodeHandle {
         self.inner.pressures.borrow().clone()
     }
 
+    /// Says which attached volumes the node uses: they are not to be detached under it.
+    pub fn set_volumes_in_use(&self, volumes: Vec<String>) {
+        self.inner.volumes_in_use.send_if_modified(|known| {
+            let changed = *known != volumes;
+            *known = volumes;
+            changed
+        });
+    }
+
+    /// Attached volumes the node uses.
+    pub fn volumes_in_use(&self) -> Vec<String> {
+        self.inner.volumes_in_use.borrow().clone()
+    }
+
+    fn subscribe_volumes(&self) -> channel::Receiver<Vec<String>> {
+        self.inner.volumes_in_use.subscribe()
+    }
+
     fn subscribe_pressures(&self) -> channel::Receiver<BTreeSet<Pressure>> {
         self.inner.pressures.subscribe()
     }
@@ -157,7 +178,7 @@ impl NodeHandle {
     }
 
     /// Takes a Node seen, unless a newer one of the same UID is known already.
-    fn learn(&self, node: NodeObject) {
+    pub(crate) fn learn(&self, node: NodeObject) {
         let version = |n: &NodeObject| {
             let text = n.metadata.resource_version.as_deref();
             text.and_then(|t| t.parse::<u64>().ok())
@@ -235,12 +256,12 @@ impl<R: RuntimeService + ImageService> Node<R> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod testing {
     use super::*;
     use crate::config::{Flags, load};
-    use k8s_openapi::api::core::v1::NodeSpec;
 
-    fn handle() -> NodeHandle {
+    /// A handle of a node that is not registered.
+    pub(crate) fn handle() -> NodeHandle {
         let flags = Flags {
             hostname_override: Some("n1".to_owned()),
             node_ips: vec![[10, 0, 0, 1].into()],
@@ -248,6 +269,13 @@ mod tests {
         };
         NodeHandle::new(&load(&flags).unwrap(), &Machine::default())
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::handle;
+    use super::*;
+    use k8s_openapi::api::core::v1::NodeSpec;
 
     fn node(uid: &str, version: &str, cidr: &str) -> NodeObject {
         let mut node = NodeObject::default();

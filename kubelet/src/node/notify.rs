@@ -10,6 +10,15 @@ use tokio::io::unix::AsyncFd;
 /// Bytes of events read at once; any number of events is one wake-up.
 const BUFFER: usize = 4096;
 
+/// What changes names and contents of a directory.
+const DIRECTORY: WatchMask = WatchMask::CREATE
+    .union(WatchMask::CLOSE_WRITE)
+    .union(WatchMask::MOVED_TO)
+    .union(WatchMask::MOVED_FROM)
+    .union(WatchMask::DELETE)
+    .union(WatchMask::DELETE_SELF)
+    .union(WatchMask::MOVE_SELF);
+
 /// Something watched. Dropping it ends the watch.
 #[derive(Debug)]
 pub struct PathWatch {
@@ -19,16 +28,13 @@ pub struct PathWatch {
 impl PathWatch {
     /// Watches names and contents of a directory.
     pub fn directory(path: &Path) -> io::Result<Self> {
-        Self::new(
-            path,
-            WatchMask::CREATE
-                | WatchMask::CLOSE_WRITE
-                | WatchMask::MOVED_TO
-                | WatchMask::MOVED_FROM
-                | WatchMask::DELETE
-                | WatchMask::DELETE_SELF
-                | WatchMask::MOVE_SELF,
-        )
+        Self::new(path, DIRECTORY)
+    }
+
+    /// Watches names and contents of one more directory; again is no harm.
+    pub fn also(&mut self, path: &Path) -> io::Result<()> {
+        let mut watches = self.fd.get_ref().watches();
+        watches.add(path, DIRECTORY).map(drop)
     }
 
     /// Watches a directory for new names and for growing files.

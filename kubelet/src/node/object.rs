@@ -132,6 +132,8 @@ pub struct StatusInputs<'a> {
     pub conditions: Vec<NodeCondition>,
     /// Images stored.
     pub images: &'a [ImageStatus],
+    /// Attached volumes the node uses.
+    pub volumes_in_use: Vec<String>,
 }
 
 fn api_amounts(amounts: &Amounts) -> BTreeMap<String, ApiQuantity> {
@@ -182,6 +184,8 @@ pub fn status(inputs: StatusInputs<'_>) -> NodeStatus {
             supplemental_groups_policy: Some(true),
         }),
         declared_features: Some(features),
+        // Written even when empty: what was there is to go.
+        volumes_in_use: Some(inputs.volumes_in_use),
         ..NodeStatus::default()
     }
 }
@@ -241,7 +245,6 @@ pub fn differs(have: &NodeStatus, want: &NodeStatus) -> bool {
         ours.sort_by(|a, b| a.type_.cmp(&b.type_));
         status.conditions = Some(ours);
         status.volumes_attached = None;
-        status.volumes_in_use = None;
         status.phase = None;
         status.config = None;
         if want.addresses.is_none() {
@@ -249,6 +252,7 @@ pub fn differs(have: &NodeStatus, want: &NodeStatus) -> bool {
         }
         // Empty and absent are the same over the wire.
         status.images = status.images.filter(|i| !i.is_empty());
+        status.volumes_in_use = status.volumes_in_use.filter(|v| !v.is_empty());
         status
     };
     let conditions = want.conditions.iter().flatten();
@@ -292,6 +296,7 @@ mod tests {
             allocatable: &Amounts::new(),
             conditions,
             images: &[],
+            volumes_in_use: vec![],
         })
     }
 

@@ -49,6 +49,7 @@ impl<R: RuntimeService + ImageService> Reporter<R> {
         let mut nodes = self.handle.subscribe();
         let mut troubles = self.handle.subscribe_troubles();
         let mut pressures = self.handle.subscribe_pressures();
+        let mut volumes = self.handle.subscribe_volumes();
         loop {
             if conf_dir.is_none() {
                 conf_dir = PathWatch::directory(&self.config.cni_conf_dir).ok();
@@ -56,6 +57,7 @@ impl<R: RuntimeService + ImageService> Reporter<R> {
             nodes.mark_unchanged();
             troubles.mark_unchanged();
             pressures.mark_unchanged();
+            volumes.mark_unchanged();
             let status = self.compute();
             let wait = match self.step(&status).await {
                 Ok(()) => {
@@ -80,6 +82,7 @@ impl<R: RuntimeService + ImageService> Reporter<R> {
                 Ok(()) = nodes.changed(), if !quiet => {}
                 Ok(()) = troubles.changed(), if !quiet => {}
                 Ok(()) = pressures.changed(), if !quiet => {}
+                Ok(()) = volumes.changed(), if !quiet => {}
                 () = conf_changed(&mut conf_dir), if !quiet => {}
             }
         }
@@ -154,6 +157,7 @@ impl<R: RuntimeService + ImageService> Reporter<R> {
             allocatable: self.handle.allocatable(),
             conditions: conditions::dated(verdicts, &before, Timestamp::now()),
             images: &self.runtime.list(),
+            volumes_in_use: self.handle.volumes_in_use(),
         })
     }
 

@@ -73,8 +73,12 @@ impl FakeApi {
         let mut state = self.state.lock().unwrap();
         state.version += 1;
         object["metadata"] = json!({
-            "name": name, "namespace": ns, "resourceVersion": state.version.to_string(),
+            "name": name, "resourceVersion": state.version.to_string(),
         });
+        // Objects of the cluster have none.
+        if !ns.is_empty() {
+            object["metadata"]["namespace"] = json!(ns);
+        }
         let key = key(kind, ns, name);
         let event = if state.objects.contains_key(&key) {
             "MODIFIED"
@@ -145,6 +149,7 @@ impl FakeApi {
             .uri
             .path()
             .trim_start_matches("/api/v1/")
+            .trim_start_matches("/apis/storage.k8s.io/v1/")
             .split('/')
             .collect();
         let mut state = self.state.lock().unwrap();
@@ -171,11 +176,40 @@ impl FakeApi {
                     &json!({"kind": "ServiceList", "apiVersion": "v1", "metadata": metadata, "items": items}),
                 ))
             }
+            ["csidrivers"] if uri.contains("watch=true") => Ok(forever()),
+            ["csidrivers"] => {
+                let items: Vec<&Value> = state
+                    .objects
+                    .iter()
+                    .filter(|(k, _)| k.starts_with("csidrivers/"))
+                    .map(|(_, v)| v)
+                    .collect();
+                let (kind, version) = ("CSIDriverList", "storage.k8s.io/v1");
+                let metadata = json!({"resourceVersion": "1"});
+                Ok(answer(
+                    200,
+                    &json!({"kind": kind, "apiVersion": version, "metadata": metadata, "items": items}),
+                ))
+            }
+            ["namespaces", ns, kind, name, "status"] => {
+                let patch = String::from_utf8_lossy(&body).into_owned();
+                state.requests.push(patch);
+                match state.objects.get(&key(kind, ns, name)) {
+                    Some(object) => Ok(answer(200, object)),
+                    None => Ok(refused(404, "no such object")),
+                }
+            }
             ["namespaces", _, "serviceaccounts", _, "token"] => Ok(token(&state, &body)),
             ["namespaces", ns, kind, name] => match state.objects.get(&key(kind, ns, name)) {
                 Some(object) => Ok(answer(200, object)),
                 None => Ok(refused(404, &format!("{kind} \"{name}\" not found"))),
             },
+            [kind @ ("persistentvolumes" | "volumeattachments"), name] => {
+                match state.objects.get(&key(kind, "", name)) {
+                    Some(object) => Ok(answer(200, object)),
+                    None => Ok(refused(404, &format!("{kind} \"{name}\" not found"))),
+                }
+            }
             ["namespaces", ns, kind] => {
                 let name = uri
                     .split("metadata.name%3D")

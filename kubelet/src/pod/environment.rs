@@ -107,6 +107,9 @@ pub trait PodEnvironment: Send + Sync + 'static {
         &self,
         pod: &Arc<Pod>,
     ) -> impl Future<Output = Result<Self::Volumes, StepError>> + Send;
+    /// The pod ends: whatever it waits for from others, such as a volume that is to be attached,
+    /// is not waited for any longer.
+    fn stop_waiting(&self, _pod: &Pod) {}
     /// The pod's metadata changed: volumes that show it are to be written anew.
     fn update_volumes(&self, pod: &Arc<Pod>) -> impl Future<Output = ()> + Send;
     /// Makes the pod's cgroup and says what its sandbox shall be.

@@ -184,6 +184,10 @@ impl<R: RuntimeService + ImageService> PodEnvironment for NodeEnvironment<R> {
         prepared.map_err(|e| StepError::new(e.reason(), e.to_string()))
     }
 
+    fn stop_waiting(&self, pod: &Pod) {
+        self.volumes.stop_waiting(spec::uid(pod));
+    }
+
     async fn update_volumes(&self, pod: &Arc<Pod>) {
         if let Err(error) = self.volumes.update(pod).await {
             let text = error.to_string();

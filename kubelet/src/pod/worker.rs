@@ -314,6 +314,7 @@ impl<R: RuntimeService, E: PodEnvironment> Worker<R, E> {
         if let (Lifecycle::Syncing, Lifecycle::Terminating(ending)) = (&self.lifecycle, &lifecycle)
         {
             self.deps.probes.set_terminating(spec::uid(&self.pod));
+            self.deps.environment.stop_waiting(&self.pod);
             // Nobody waits for these images any more; the download itself is shared and bounded.
             for pull in self.pulls.drain(..) {
                 pull.abort();

@@ -31,11 +31,11 @@ impl<R: RuntimeService + ImageService> Stats<R> {
             if claims.is_empty() {
                 continue;
             }
-            for (name, path) in self.volume_paths(&config.uid) {
-                let Some(claim) = claims.get(name.as_str()) else {
+            for place in self.volume_places(&config.uid) {
+                let Some(claim) = claims.get(place.name.as_str()) else {
                     continue;
                 };
-                let fs = Filesystem::of(&path);
+                let fs = Filesystem::in_place(&place);
                 if let Some(fs) =
                     fs.filter(|_| seen.insert((config.namespace.clone(), claim.clone())))
                 {

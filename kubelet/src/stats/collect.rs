@@ -10,6 +10,7 @@ use super::summary::{
 };
 use crate::config::Config;
 use crate::pod::index::{PodEntry, PodIndex};
+use crate::volumes::{Fill, VolumePlace};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Volume;
 use linux::diskusage::DiskUsage;
@@ -19,7 +20,7 @@ use runtime::service::{
     SandboxState, SandboxStatus, Stall,
 };
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 /// The interface whose numbers stand for a pod's network.
@@ -30,7 +31,7 @@ const INNER_INTERFACES: [&str; 4] = ["lo", "veth", "docker", "nerdctl"];
 pub(super) const KUBEPODS: &str = "/kubepods";
 
 /// Tells where the volumes of a pod (by UID) are: names and directories of those that are there.
-pub type VolumePaths = Arc<dyn Fn(&str) -> Vec<(String, PathBuf)> + Send + Sync>;
+pub type VolumePaths = Arc<dyn Fn(&str) -> Vec<VolumePlace> + Send + Sync>;
 
 /// The collector. One per agent; it remembers CPU rates and disk use between calls.
 pub struct Stats<R> {
@@ -399,16 +400,16 @@ impl<R: RuntimeService + ImageService> Stats<R> {
             .map(|v| (v.name.as_str(), v))
             .collect();
         let config = &view.sandbox.config;
-        let one = |(name, path): (String, PathBuf)| {
-            let volume = declared.get(name.as_str())?;
-            disks.volume(volume, &path, &config.namespace, &config.name)
+        let one = |place: VolumePlace| {
+            let volume = declared.get(place.name.as_str())?;
+            disks.volume(volume, &place, &config.namespace, &config.name)
         };
-        let paths = self.volume_paths(&config.uid);
-        paths.into_iter().filter_map(one).collect()
+        let places = self.volume_places(&config.uid);
+        places.into_iter().filter_map(one).collect()
     }
 
     /// Where a pod's volumes are.
-    pub(super) fn volume_paths(&self, uid: &str) -> Vec<(String, PathBuf)> {
+    pub(super) fn volume_places(&self, uid: &str) -> Vec<VolumePlace> {
         (self.volumes)(uid)
     }
 
@@ -511,6 +512,20 @@ impl Filesystem {
         })
     }
 
+    /// That of a volume, from whoever may be asked.
+    pub(super) fn in_place(place: &VolumePlace) -> Option<Self> {
+        match place.fill {
+            Fill::Ask => Self::of(&place.path),
+            Fill::Told(told) => told.map(|u| Self {
+                capacity: u.capacity,
+                free: u.capacity.saturating_sub(u.used),
+                available: u.available,
+                inodes: u.inodes,
+                inodes_free: u.inodes_free,
+            }),
+        }
+    }
+
     pub(super) fn used(&self) -> u64 {
         self.capacity.saturating_sub(self.free)
     }
@@ -553,7 +568,7 @@ impl Disks<'_> {
     fn volume(
         &self,
         volume: &Volume,
-        path: &Path,
+        place: &VolumePlace,
         namespace: &str,
         pod: &str,
     ) -> Option<VolumeStats> {
@@ -570,7 +585,8 @@ impl Disks<'_> {
             .empty_dir
             .as_ref()
             .map(|e| e.medium.clone().unwrap_or_default());
-        let fs = Filesystem::of(path)?;
+        let path = &place.path;
+        let fs = Filesystem::in_place(place)?;
         let stats = if claim.is_some() || volume.csi.is_some() {
             FsStats {
                 used_bytes: Some(fs.used()),

@@ -4,6 +4,7 @@ use super::*;
 use crate::config::{self, Flags};
 use crate::metrics::parse::parse;
 use crate::pod::index::{PodEntry, PodIndex};
+use crate::volumes::{Fill, VolumePlace};
 use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, Pod, PodSpec, PodStatus, Volume};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time as ApiTime};
 use runtime::fake::FakeRuntime;
@@ -82,7 +83,13 @@ async fn node(dir: &Path) -> Stats<FakeRuntime> {
     let mut config = config::load(&flags).unwrap();
     config.runtime_root = dir.to_owned();
     let volume = dir.to_owned();
-    let volumes: VolumePaths = Arc::new(move |_| vec![("v".to_owned(), volume.clone())]);
+    let volumes: VolumePaths = Arc::new(move |_| {
+        vec![VolumePlace {
+            name: "v".to_owned(),
+            path: volume.clone(),
+            fill: Fill::Ask,
+        }]
+    });
     Stats::new(runtime, Arc::new(config), index, volumes)
 }
 

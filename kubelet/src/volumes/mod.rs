@@ -12,13 +12,22 @@
 //! Volumes of files are rewritten when an object, the pod's metadata or a token changes; see
 //! [`live`]. Secrets and tokens live on one tmpfs per node (docs/decisions/0010). Forbidden here:
 //! deleting through a mount, mounts without a record, blocking calls on the async threads.
+//!
+//! Claims and inline volumes ([`remote`]) are mounted by their drivers ([`csi`]) or are of this
+//! node ([`local`]); each has its own time, and none holds up another.
 
 mod atomic;
+mod claims;
+pub(crate) mod csi;
+mod error;
 mod host_path;
 mod live;
+mod local;
+mod ownership;
 mod payload;
 mod place;
 mod plan;
+mod remote;
 #[cfg(test)]
 mod tests;
 mod token;
@@ -26,13 +35,15 @@ mod token;
 use crate::events::EventSink;
 use crate::launch::qos::pod_resources;
 use crate::launch::{LaunchContext, pod_namespace, pod_uid};
+use crate::node::NodeHandle;
 use crate::objects::Objects;
 use crate::quantity::Quantity;
 use arc_swap::ArcSwap;
-use futures::future::{join_all, try_join};
+use futures::future::{join, join_all, try_join};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
 use live::Live;
+use local::LocalVolumes;
 use payload::{Fetched, Owner, payload};
 use place::Place;
 use plan::{FilesVolume, Kind, Planned, Source, TokenSpec, common_user, fs_group, volumes_of};
@@ -43,6 +54,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use token::Token;
 #[cfg(test)]
 pub(crate) use token::unsigned as unsigned_token;
+use tokio_util::sync::CancellationToken;
+
+use csi::Csi;
+pub use csi::{Drivers, Usage};
+pub use error::{Step, VolumeError};
+use remote::Remote;
 
 /// A volume on the node, ready to be mounted into containers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +68,29 @@ pub struct HostVolume {
     pub path: PathBuf,
     /// Whether containers may only read it, whatever their mount says.
     pub readonly: bool,
+    /// A device, not a directory.
+    pub block: bool,
+}
+
+/// A volume as statistics see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumePlace {
+    /// Its name in the pod.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// How full it is.
+    pub fill: Fill,
+}
+
+/// How to learn how full a volume is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// Ask the kernel.
+    Ask,
+    /// Its driver told; none when it has not, or cannot. The kernel is not asked: what a driver
+    /// mounted may hang.
+    Told(Option<Usage>),
 }
 
 /// The volumes of a pod.
@@ -58,50 +98,6 @@ pub struct HostVolume {
 pub struct PodVolumes {
     /// By volume name.
     pub by_name: BTreeMap<String, HostVolume>,
-}
-
-/// Why a pod's volumes cannot be had, or not be removed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum VolumeError {
-    /// One volume of the pod; trying again later may help.
-    #[error("MountVolume.SetUp failed for volume {volume:?} : {message}")]
-    SetUp {
-        /// Its name in the pod.
-        volume: String,
-        /// Why.
-        message: String,
-    },
-    /// What the pod left could not be removed.
-    #[error("cannot remove the volumes of pod {uid}: {message}")]
-    Teardown {
-        /// The pod's UID.
-        uid: String,
-        /// Why.
-        message: String,
-    },
-    /// The node's own directories.
-    #[error("volume directories of the node: {message}")]
-    Node {
-        /// Why.
-        message: String,
-    },
-}
-
-impl VolumeError {
-    /// Reason of the event users see.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::SetUp { .. } | Self::Node { .. } => "FailedMount",
-            Self::Teardown { .. } => "FailedUnMount",
-        }
-    }
-
-    pub(crate) fn set_up(volume: &str, message: impl Into<String>) -> Self {
-        Self::SetUp {
-            volume: volume.to_owned(),
-            message: message.into(),
-        }
-    }
 }
 
 /// Settings of [`Volumes`].
@@ -113,6 +109,12 @@ pub struct VolumesConfig {
     pub context: Arc<ArcSwap<LaunchContext>>,
     /// Events for users: what goes wrong while volumes are kept up to date.
     pub events: EventSink,
+    /// Name of the Node.
+    pub node_name: String,
+    /// The Node.
+    pub node: NodeHandle,
+    /// The node's CSI drivers.
+    pub drivers: Drivers,
 }
 
 /// The volumes of all pods. Cheap to clone; clones are the same.
@@ -132,6 +134,10 @@ impl std::fmt::Debug for Volumes {
 
 struct Inner {
     place: Place,
+    local: LocalVolumes,
+    csi: Csi,
+    node: NodeHandle,
+    node_name: String,
     context: Arc<ArcSwap<LaunchContext>>,
     objects: Arc<Objects>,
     client: Client,
@@ -152,6 +158,11 @@ struct PodState {
     tokens: Mutex<HashMap<(String, usize), Token>>,
     refresh: Mutex<Option<tokio::task::AbortHandle>>,
     ready: Mutex<Option<PodVolumes>>,
+    /// Volumes behind claims and of drivers that are mounted, by name.
+    remote: Mutex<BTreeMap<String, Remote>>,
+    upkeep: Mutex<Option<tokio::task::AbortHandle>>,
+    /// The pod ends: nobody waits for others any more.
+    ended: CancellationToken,
     /// A rewrite waits for its turn: another would find nothing more to do.
     rewrite_waits: AtomicBool,
 }
@@ -172,8 +183,20 @@ impl Volumes {
         client: Client,
     ) -> Result<Self, VolumeError> {
         let place = Place::open(&config.root_dir)?;
+        let csi = Csi::open(csi::Settings {
+            root: place.root(),
+            node_name: config.node_name.clone(),
+            node: config.node.clone(),
+            drivers: config.drivers,
+            events: config.events.clone(),
+            client: client.clone(),
+        });
         let inner = Arc::new(Inner {
             from_before: place.uids().into_iter().collect(),
+            local: LocalVolumes::new(place.root()),
+            csi,
+            node: config.node,
+            node_name: config.node_name,
             place,
             context: config.context,
             objects,
@@ -185,15 +208,23 @@ impl Volumes {
         Ok(Self { inner, _live: live })
     }
 
-    /// Where the volumes of a pod are: names and directories of those that are ready.
-    pub fn paths(&self, uid: &str) -> Vec<(String, PathBuf)> {
+    /// Where the volumes of a pod are: those that are ready.
+    pub fn places(&self, uid: &str) -> Vec<VolumePlace> {
         let state = lock(&self.inner.pods).get(uid).cloned();
-        let ready = state.and_then(|s| lock(&s.ready).clone());
+        let Some(state) = state else {
+            return Vec::new();
+        };
+        let ready = lock(&state.ready).clone();
         let volumes = ready.map(|v| v.by_name).unwrap_or_default();
-        volumes
-            .into_iter()
-            .map(|(name, v)| (name, v.path))
-            .collect()
+        let told = remote::usages(&state);
+        let place = |(name, volume): (String, HostVolume)| VolumePlace {
+            fill: told
+                .get(&name)
+                .map_or(Fill::Ask, |usage| Fill::Told(*usage)),
+            name,
+            path: volume.path,
+        };
+        volumes.into_iter().map(place).collect()
     }
 
     /// Makes the pod's volumes and keeps them up to date from then on. Idempotent: a pod whose
@@ -225,11 +256,22 @@ impl Volumes {
         }
         let fetched = async { Ok(self.inner.fetch_all(&state).await) };
         let (fetched, ()) = try_join(fetched, self.inner.make_places(&state)).await?;
-        self.inner.write(&state, fetched).await?;
+        // Both to their ends: a driver's call is not broken off for a missing ConfigMap.
+        let written = self.inner.write(&state, fetched);
+        let (written, mounted) = join(written, self.inner.mount_remote(&state)).await;
+        written.and(mounted)?;
         let volumes = self.inner.result(&state);
         *lock(&state.ready) = Some(volumes.clone());
         live::schedule_refresh(&self.inner, &state);
+        remote::schedule_upkeep(&self.inner, &state);
         Ok(volumes)
+    }
+
+    /// The pod ends: a volume that is to be attached is not waited for any longer.
+    pub fn stop_waiting(&self, uid: &str) {
+        if let Some(state) = lock(&self.inner.pods).get(uid) {
+            state.ended.cancel();
+        }
     }
 
     /// The pod's metadata changed: downward API files are rewritten. Pods that are not prepared
@@ -262,14 +304,30 @@ impl Volumes {
         let state = lock(&self.inner.pods).remove(uid);
         let _only = match &state {
             Some(state) => {
+                state.ended.cancel();
                 state.stop_refresh();
                 Some(state.writing.lock().await)
             }
             None => None,
         };
         self.inner.objects.release_pod(uid);
-        let (place, uid) = (self.inner.place.clone(), uid.to_owned());
-        blocking(move || place.teardown(&uid)).await
+        let failed = |message| VolumeError::Teardown {
+            uid: uid.to_owned(),
+            message,
+        };
+        self.inner.csi.unmount_pod(uid).await.map_err(failed)?;
+        let (place, local) = (self.inner.place.clone(), self.inner.local.clone());
+        let uid = uid.to_owned();
+        blocking(move || {
+            local
+                .unmount_pod(&uid)
+                .map_err(|message| VolumeError::Teardown {
+                    uid: uid.clone(),
+                    message,
+                })?;
+            place.teardown(&uid)
+        })
+        .await
     }
 
     /// UIDs of pods that left something on the node, for orphan clean-up.
@@ -299,6 +357,9 @@ impl PodState {
             tokens: Mutex::default(),
             refresh: Mutex::default(),
             ready: Mutex::default(),
+            remote: Mutex::default(),
+            upkeep: Mutex::default(),
+            ended: CancellationToken::new(),
             rewrite_waits: AtomicBool::new(false),
         }
     }
@@ -311,7 +372,12 @@ impl PodState {
     fn files(&self) -> impl Iterator<Item = (&str, &FilesVolume)> {
         self.planned.iter().filter_map(|v| match &v.kind {
             Kind::Files(files) => Some((v.name.as_str(), files)),
-            Kind::EmptyDir { .. } | Kind::HostPath { .. } | Kind::Image => None,
+            Kind::EmptyDir { .. }
+            | Kind::HostPath { .. }
+            | Kind::Image
+            | Kind::Claim(_)
+            | Kind::Csi(_)
+            | Kind::Unused => None,
         })
     }
 
@@ -321,8 +387,10 @@ impl PodState {
     }
 
     fn stop_refresh(&self) {
-        if let Some(task) = lock(&self.refresh).take() {
-            task.abort();
+        for task in [&self.refresh, &self.upkeep] {
+            if let Some(task) = lock(task).take() {
+                task.abort();
+            }
         }
     }
 }
@@ -488,29 +556,28 @@ impl Inner {
     }
 
     fn result(&self, state: &PodState) -> PodVolumes {
+        let directory = |path: PathBuf, readonly: bool| HostVolume {
+            path,
+            readonly,
+            block: false,
+        };
         let volume = |v: &Planned| {
             let host = match &v.kind {
-                Kind::EmptyDir { .. } => HostVolume {
-                    path: self.place.empty_dir(&state.uid, &v.name),
-                    readonly: false,
-                },
-                Kind::HostPath { path, .. } => HostVolume {
-                    path: path.clone(),
-                    readonly: false,
-                },
-                Kind::Image => HostVolume {
-                    path: PathBuf::new(),
-                    readonly: true,
-                },
-                Kind::Files(files) => HostVolume {
-                    path: self.place.files_dir(&state.uid, &v.name, files),
-                    readonly: true,
-                },
+                Kind::EmptyDir { .. } => {
+                    directory(self.place.empty_dir(&state.uid, &v.name), false)
+                }
+                Kind::HostPath { path, .. } => directory(path.clone(), false),
+                Kind::Image => directory(PathBuf::new(), true),
+                Kind::Files(files) => {
+                    directory(self.place.files_dir(&state.uid, &v.name, files), true)
+                }
+                Kind::Claim(_) | Kind::Csi(_) => lock(&state.remote).get(&v.name)?.host.clone(),
+                Kind::Unused => return None,
             };
-            (v.name.clone(), host)
+            Some((v.name.clone(), host))
         };
         PodVolumes {
-            by_name: state.planned.iter().map(volume).collect(),
+            by_name: state.planned.iter().filter_map(volume).collect(),
         }
     }
 }

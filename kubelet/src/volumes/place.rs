@@ -83,6 +83,11 @@ impl Place {
         Ok(place)
     }
 
+    /// The kubelet's root, a real path.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
     fn volatile(&self) -> PathBuf {
         self.root.join("volatile")
     }
@@ -174,7 +179,8 @@ impl Place {
                     let options = memory.map(|limit| limit.into_iter().chain(memory_most).min());
                     self.make_empty_dir(uid, &volume.name, options, group)
                 }
-                Kind::Image => Ok(()),
+                // Mounted by others, once this record is there.
+                Kind::Claim(_) | Kind::Csi(_) | Kind::Unused | Kind::Image => Ok(()),
                 Kind::HostPath { path, kind } => super::host_path::prepare(path, *kind),
                 Kind::Files(files) => self.make_files_dir(pod, uid, &volume.name, files),
             }

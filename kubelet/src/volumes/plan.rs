@@ -1,11 +1,14 @@
 //! What a pod's volumes are, as plain values: pure.
 
 use super::VolumeError;
+use crate::launch::pod_name;
 use crate::quantity::Quantity;
 use k8s_openapi::api::core::v1::{
-    ConfigMapProjection, DownwardAPIVolumeFile, EmptyDirVolumeSource, KeyToPath, Pod,
-    ProjectedVolumeSource, SecretProjection, Volume, VolumeProjection,
+    CSIVolumeSource, ConfigMapProjection, Container, DownwardAPIVolumeFile, EmptyDirVolumeSource,
+    KeyToPath, Pod, ProjectedVolumeSource, SecretProjection, Volume, VolumeDevice, VolumeMount,
+    VolumeProjection,
 };
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// A volume of a pod.
@@ -31,6 +34,42 @@ pub(crate) enum Kind {
     Files(FilesVolume),
     /// The content of an image; pulled and mounted with the containers, nothing to do here.
     Image,
+    /// A PersistentVolume behind a claim.
+    Claim(Claim),
+    /// A volume a CSI driver makes for this pod.
+    Csi(InlineCsi),
+    /// It would have to be attached or mounted, but no container uses it.
+    Unused,
+}
+
+/// A claim as the pod refers to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Claim {
+    pub(crate) name: String,
+    pub(crate) readonly: bool,
+    /// Made for this very pod (a generic ephemeral volume).
+    pub(crate) own: bool,
+    pub(crate) used: Use,
+}
+
+/// How containers use a volume.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Use {
+    /// As a filesystem.
+    pub(crate) mounted: bool,
+    /// As a device.
+    pub(crate) device: bool,
+}
+
+/// An inline volume of a CSI driver.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct InlineCsi {
+    pub(crate) driver: String,
+    pub(crate) fs_type: Option<String>,
+    pub(crate) readonly: bool,
+    pub(crate) attributes: BTreeMap<String, String>,
+    /// Name of the Secret for publishing.
+    pub(crate) secret: Option<String>,
 }
 
 /// Types of hostPath.
@@ -99,17 +138,96 @@ pub(crate) fn volumes_of(pod: &Pod) -> Result<Vec<Planned>, VolumeError> {
     let spec = pod.spec.as_ref();
     spec.into_iter()
         .flat_map(|s| s.volumes.iter().flatten())
-        .map(planned)
+        .map(|volume| planned(pod, volume))
         .collect()
 }
 
-fn planned(volume: &Volume) -> Result<Planned, VolumeError> {
+/// How the pod's containers of all kinds use a volume.
+fn used(pod: &Pod, volume: &str) -> Use {
+    let Some(spec) = &pod.spec else {
+        return Use::default();
+    };
+    let own = spec
+        .init_containers
+        .iter()
+        .flatten()
+        .chain(&spec.containers);
+    let mut used = Use::default();
+    let mut add = |mounts: &[VolumeMount], devices: &[VolumeDevice]| {
+        used.mounted |= mounts.iter().any(|m| m.name == volume);
+        used.device |= devices.iter().any(|d| d.name == volume);
+    };
+    for Container {
+        volume_mounts,
+        volume_devices,
+        ..
+    } in own
+    {
+        let (mounts, devices) = (volume_mounts.as_deref(), volume_devices.as_deref());
+        add(mounts.unwrap_or_default(), devices.unwrap_or_default());
+    }
+    for debug in spec.ephemeral_containers.iter().flatten() {
+        let mounts = debug.volume_mounts.as_deref();
+        let devices = debug.volume_devices.as_deref();
+        add(mounts.unwrap_or_default(), devices.unwrap_or_default());
+    }
+    used
+}
+
+/// Volumes of drivers and claims; none for other kinds.
+fn remote(pod: &Pod, volume: &Volume) -> Option<Kind> {
+    let used = used(pod, &volume.name);
+    let (name, readonly, own) = match (&volume.persistent_volume_claim, &volume.ephemeral) {
+        (Some(claim), _) => (
+            claim.claim_name.clone(),
+            claim.read_only == Some(true),
+            false,
+        ),
+        (None, Some(_)) => {
+            let name = format!("{}-{}", pod_name(pod), volume.name);
+            (name, false, true)
+        }
+        (None, None) => {
+            let inline = volume.csi.as_ref()?;
+            return Some(if used == Use::default() {
+                Kind::Unused
+            } else {
+                Kind::Csi(inline_csi(inline))
+            });
+        }
+    };
+    if used == Use::default() {
+        return Some(Kind::Unused);
+    }
+    Some(Kind::Claim(Claim {
+        name,
+        readonly,
+        own,
+        used,
+    }))
+}
+
+fn inline_csi(source: &CSIVolumeSource) -> InlineCsi {
+    let secret = source.node_publish_secret_ref.as_ref();
+    InlineCsi {
+        driver: source.driver.clone(),
+        fs_type: source.fs_type.clone(),
+        readonly: source.read_only == Some(true),
+        attributes: source.volume_attributes.clone().unwrap_or_default(),
+        secret: secret.map(|s| s.name.clone()),
+    }
+}
+
+fn planned(pod: &Pod, volume: &Volume) -> Result<Planned, VolumeError> {
     let name = volume.name.clone();
     // The name becomes a directory: it must not lead anywhere else.
     if name.is_empty() || name.contains('/') || name == "." || name == ".." {
         return Err(VolumeError::set_up(&name, "its name is no file name"));
     }
-    let kind = kind_of(volume).map_err(|message| VolumeError::set_up(&name, message))?;
+    let kind = match remote(pod, volume) {
+        Some(kind) => kind,
+        None => kind_of(volume).map_err(|message| VolumeError::set_up(&name, message))?,
+    };
     Ok(Planned { name, kind })
 }
 
@@ -207,7 +325,7 @@ fn empty_dir(source: &EmptyDirVolumeSource) -> Result<Kind, String> {
     }
 }
 
-fn host_path(path: &str, kind: &str) -> Result<Kind, String> {
+pub(crate) fn host_path(path: &str, kind: &str) -> Result<Kind, String> {
     let kind = match kind {
         "" => HostPathKind::Any,
         "DirectoryOrCreate" => HostPathKind::DirectoryOrCreate,

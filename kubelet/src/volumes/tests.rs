@@ -10,27 +10,49 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use tempfile::TempDir;
 
-struct Node {
-    dir: TempDir,
-    api: FakeApi,
+pub(crate) struct Node {
+    pub(crate) dir: TempDir,
+    pub(crate) api: FakeApi,
     objects: Arc<Objects>,
-    volumes: Volumes,
+    pub(crate) volumes: Volumes,
+    pub(crate) drivers: Drivers,
+    pub(crate) handle: NodeHandle,
+    pub(crate) events: EventSink,
 }
 
 impl Node {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
+        Self::unread(|_| {})
+    }
+
+    /// A node whose apiserver has these objects before anybody asks.
+    pub(crate) fn unread(fill: impl FnOnce(&Self)) -> Self {
         let api = FakeApi::new();
         let dir = tempfile::tempdir().unwrap();
-        let (objects, volumes) = Self::start(&api, dir.path());
-        Self {
+        let handle = crate::node::testing::handle();
+        let events = EventSink::memory();
+        let drivers = Drivers::new(api.client());
+        let (objects, volumes) = Self::start(&api, dir.path(), &drivers, &handle, &events);
+        let node = Self {
             dir,
             api,
             objects,
             volumes,
-        }
+            drivers,
+            handle,
+            events,
+        };
+        fill(&node);
+        node
     }
 
-    fn start(api: &FakeApi, root: &Path) -> (Arc<Objects>, Volumes) {
+    fn start(
+        api: &FakeApi,
+        root: &Path,
+        drivers: &Drivers,
+        handle: &NodeHandle,
+        events: &EventSink,
+    ) -> (Arc<Objects>, Volumes) {
         let objects = Arc::new(Objects::new(api.client()));
         let context = LaunchContext {
             allocatable: serde_json::from_value(json!({"cpu": "2", "memory": "1Gi"})).unwrap(),
@@ -39,15 +61,21 @@ impl Node {
         let config = VolumesConfig {
             root_dir: root.to_owned(),
             context: Arc::new(ArcSwap::from_pointee(context)),
-            events: EventSink::memory(),
+            events: events.clone(),
+            node_name: "n1".to_owned(),
+            node: handle.clone(),
+            drivers: drivers.clone(),
         };
         let volumes = Volumes::new(config, objects.clone(), api.client()).unwrap();
         (objects, volumes)
     }
 
     /// A new agent on the same node.
-    fn restart(&mut self) {
-        (self.objects, self.volumes) = Self::start(&self.api, self.dir.path());
+    pub(crate) fn restart(&mut self) {
+        self.drivers = Drivers::new(self.api.client());
+        let (drivers, handle) = (&self.drivers, &self.handle);
+        (self.objects, self.volumes) =
+            Self::start(&self.api, self.dir.path(), drivers, handle, &self.events);
     }
 
     fn text(&self, kind: &str, volume: &str, path: &str) -> String {
@@ -74,7 +102,7 @@ impl Drop for Node {
     }
 }
 
-fn mounts_below(path: &Path) -> Vec<linux::mountinfo::MountEntry> {
+pub(crate) fn mounts_below(path: &Path) -> Vec<linux::mountinfo::MountEntry> {
     let path = path.canonicalize().unwrap();
     let table = linux::mountinfo::read().unwrap();
     table
@@ -366,14 +394,6 @@ async fn missing_objects_are_named_as_stock_names_them() {
         (
             json!({"nfs": {"server": "h", "path": "/"}}),
             "volumes of kind nfs are not supported by this node",
-        ),
-        (
-            json!({"persistentVolumeClaim": {"claimName": "c"}}),
-            "volumes of kind persistentVolumeClaim are not supported by this node",
-        ),
-        (
-            json!({"csi": {"driver": "d"}}),
-            "volumes of kind csi are not supported by this node",
         ),
         (
             json!({"projected": {"sources": [{"clusterTrustBundle": {"path": "p"}}]}}),

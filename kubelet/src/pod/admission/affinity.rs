@@ -1,7 +1,7 @@
 //! Whether a pod's selectors and tolerations match a node. Pure; the rules of the scheduler.
 
 use k8s_openapi::api::core::v1::{
-    NodeSelectorRequirement, NodeSelectorTerm, Pod, Taint, Toleration,
+    NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Pod, Taint, Toleration,
 };
 use std::collections::BTreeMap;
 
@@ -23,10 +23,13 @@ pub fn matches(pod: &Pod, name: &str, labels: &Labels) -> bool {
         a.required_during_scheduling_ignored_during_execution
             .as_ref()
     });
-    required.is_none_or(|required| {
-        let mut terms = required.node_selector_terms.iter();
-        terms.any(|term| term_matches(term, name, labels))
-    })
+    required.is_none_or(|required| selector_matches(required, name, labels))
+}
+
+/// Whether any term of a node selector matches the node.
+pub fn selector_matches(selector: &NodeSelector, name: &str, labels: &Labels) -> bool {
+    let mut terms = selector.node_selector_terms.iter();
+    terms.any(|term| term_matches(term, name, labels))
 }
 
 /// A term without any requirement matches nothing.
