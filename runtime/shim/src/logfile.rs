@@ -21,6 +21,15 @@ pub(crate) struct LogFile {
     file: File,
     size: u64,
     dropped_lines: u64,
+    last_rotation: Option<Rotation>,
+}
+
+/// When a file was rotated, and the how manieth of that second it was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Rotation {
+    /// `yyyymmdd-hhmmss`
+    time: String,
+    number: u32,
 }
 
 impl LogFile {
@@ -32,6 +41,7 @@ impl LogFile {
             file,
             size,
             dropped_lines: 0,
+            last_rotation: None,
         })
     }
 
@@ -90,8 +100,9 @@ impl LogFile {
     }
 
     fn rotate(&mut self, now_ns: i64) -> io::Result<()> {
-        let moved = unused_name(&self.spec.path, now_ns)?;
+        let (moved, rotation) = unused_name(&self.spec.path, now_ns, self.last_rotation.as_ref())?;
         std::fs::rename(&self.spec.path, &moved)?;
+        self.last_rotation = Some(rotation);
         match open_append(&self.spec.path) {
             Ok((file, size)) => (self.file, self.size) = (file, size),
             Err(error) => {
@@ -153,17 +164,30 @@ fn open_append(path: &Path) -> io::Result<(File, u64)> {
 }
 
 /// `<log>.<yyyymmdd-hhmmss>`, with `.NNN` behind it when that is taken: names keep sorting by
-/// age.
-fn unused_name(path: &Path, now_ns: i64) -> io::Result<PathBuf> {
-    let base = format!("{}.{}", path.display(), logline::compact(now_ns));
-    for number in 0..=MAX_SAME_SECOND {
-        let name = if number == 0 {
-            base.clone()
-        } else {
-            format!("{base}.{number:03}")
-        };
+/// age. A name is never given again, though its file may be gone: the newest file would have the
+/// oldest name, be removed first and be followed in the wrong place.
+fn unused_name(
+    path: &Path,
+    now_ns: i64,
+    last: Option<&Rotation>,
+) -> io::Result<(PathBuf, Rotation)> {
+    let time = logline::compact(now_ns);
+    let (time, first) = match last {
+        // Within the same second, or the clock was set back.
+        Some(last) if last.time >= time && last.number < MAX_SAME_SECOND => {
+            (last.time.clone(), last.number + 1)
+        }
+        Some(_) | None => (time, 0),
+    };
+    for number in first..=MAX_SAME_SECOND {
+        let mut name = format!("{}.{time}", path.display());
+        if number > 0 {
+            name.push_str(&format!(".{number:03}"));
+        }
         match std::fs::symlink_metadata(&name) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(name.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok((name.into(), Rotation { time, number }));
+            }
             Ok(_) => {}
             Err(error) => return Err(error),
         }
@@ -263,6 +287,28 @@ mod tests {
             log.append(text.as_bytes(), 1_000_000_000);
         }
         assert_eq!(all_lines(&dir.0.join("sub")), wanted);
+    }
+
+    #[test]
+    fn of_many_rotations_within_one_second_the_newest_are_kept_in_order() {
+        let dir = dir("burst");
+        let spec = LogSpec {
+            path: dir.0.join("sub/0.log"),
+            max_bytes: 100,
+            max_files: 5,
+        };
+        let mut log = LogFile::open(spec).unwrap();
+        let all: Vec<String> = (0..500).map(|n| format!("line {n:05}")).collect();
+        for (at, line) in all.iter().enumerate() {
+            // The clock is set back in between.
+            let now_s = if at < 300 { 1_000 } else { 900 };
+            log.append(format!("{line}\n").as_bytes(), now_s * 1_000_000_000);
+        }
+        let kept = all_lines(&dir.0.join("sub"));
+        assert!(
+            kept.len() > 30 && kept == all[all.len() - kept.len()..],
+            "{kept:?}"
+        );
     }
 
     #[test]

@@ -106,7 +106,6 @@ mod tests {
         };
         let answer = csi::NodeGetVolumeStatsResponse {
             usage: vec![part(Unit::Bytes, 100, 40), part(Unit::Inodes, 10, 3)],
-            ..csi::NodeGetVolumeStatsResponse::default()
         };
         let usage = Usage::read(&answer).unwrap();
         assert_eq!((usage.capacity, usage.available, usage.used), (100, 60, 40));
