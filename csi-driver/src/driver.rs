@@ -132,12 +132,25 @@ impl Driver {
             .iter()
             .filter_map(|name| VolumeId::parse(name.to_str()?))
         {
+            let mut held = false;
             for entry in mounts.of(&id) {
                 let thawed = fs::open_dir(&entry.mount_point)
-                    .map(|dir| blockfile::thaw(dir.as_fd()).unwrap_or(false));
-                if thawed.is_ok_and(|thawed| thawed) {
-                    tracing::warn!(volume = %id, "A filesystem was left frozen and is thawed");
+                    .map_err(|e| e.to_string())
+                    .and_then(|dir| blockfile::thaw(dir.as_fd()).map_err(|e| e.to_string()));
+                match thawed {
+                    Ok(true) => {
+                        tracing::warn!(volume = %id, "A filesystem was left frozen and is thawed");
+                    }
+                    Ok(false) => {}
+                    Err(error) => {
+                        held = true;
+                        tracing::error!(volume = %id, %error, "A filesystem left frozen is not thawed");
+                    }
                 }
+            }
+            if held {
+                // The mark stays: the next start tries again.
+                continue;
             }
             let _ = fs::remove_file(&self.pool.frozen(&id));
         }
